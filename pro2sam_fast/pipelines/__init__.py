@@ -1,0 +1,1 @@
+"""Ways to combine a source of prompts, SAM and the mask gallery."""
