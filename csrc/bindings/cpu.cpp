@@ -1,0 +1,62 @@
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "p2s/isa.h"
+#include "p2s/mask_match.h"
+#include "status.h"
+
+namespace py = pybind11;
+using namespace p2s;
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels. Pointers are integers; the caller has checked every argument.";
+
+  m.def("isa_active", [] { return isa_name(isa_active()); }, "Name of the instruction set that kernels use.");
+  m.def(
+      "isa_available",
+      [] {
+        py::list names;
+        for (int i = 0; i < kIsaCount; ++i) {
+          if (isa_available(static_cast<Isa>(i))) names.append(isa_name(static_cast<Isa>(i)));
+        }
+        return names;
+      },
+      "Names of the instruction sets that can be forced here, worst first.");
+  m.def(
+      "isa_force", [](const std::string& name) { raise_unless_ok(isa_force(name.c_str()), name.c_str()); },
+      py::arg("name"), "Make `name` the active instruction set of this process.");
+
+  m.def(
+      "mask_match",
+      [](uintptr_t masks, uintptr_t query, uintptr_t scores, uintptr_t best, int64_t count, int64_t words, int threads) {
+        const char* isa = nullptr;
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = mask_match_cpu({pointer<const uint64_t>(masks), pointer<const uint64_t>(query),
+                                   pointer<float>(scores), pointer<int64_t>(best), count, words},
+                                  threads, &isa);
+        }
+        raise_unless_ok(status, "mask_match");
+        return isa;
+      },
+      "masks (count, words), query (words) -> scores (count), best (1). Returns the instruction set that ran.");
+  m.def(
+      "mask_iou",
+      [](uintptr_t a, uintptr_t b, uintptr_t iou, uintptr_t areas, int64_t rows, int64_t columns, int64_t words,
+         int threads) {
+        const char* isa = nullptr;
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = mask_iou_cpu({pointer<const uint64_t>(a), pointer<const uint64_t>(b), pointer<float>(iou), rows,
+                                 columns, words},
+                                pointer<int64_t>(areas), threads, &isa);
+        }
+        raise_unless_ok(status, "mask_iou");
+        return isa;
+      },
+      "a (rows, words), b (columns, words) -> iou (rows, columns); areas: scratch (rows + columns). Returns the "
+      "instruction set that ran.");
+}

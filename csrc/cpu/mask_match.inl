@@ -1,0 +1,89 @@
+// Included by mask_match_<isa>.cpp with P2S_ISA defined; see words.h for what differs between the instruction sets.
+
+#include "mask_match_isa.h"
+#include "words.h"
+
+namespace {
+
+inline float ratio(int64_t inter, int64_t uni) {
+  return uni == 0 ? 0.0f : static_cast<float>(inter) / static_cast<float>(uni);
+}
+
+inline int64_t area(const uint64_t* x, int64_t words) {
+  Words sum = Words::zero();
+  int64_t w = 0;
+  for (; w + Words::size <= words; w += Words::size) sum += Words::load(x + w).popcount();
+  if (w < words) sum += Words::load_part(x + w, words - w).popcount();
+  return sum.sum();
+}
+
+inline float match_one(const uint64_t* x, const uint64_t* y, int64_t words) {
+  Words inter = Words::zero(), uni = Words::zero();
+  const auto step = [&](Words p, Words q) {
+    inter += (p & q).popcount();
+    uni += (p | q).popcount();
+  };
+  int64_t w = 0;
+  for (; w + Words::size <= words; w += Words::size) step(Words::load(x + w), Words::load(y + w));
+  if (w < words) step(Words::load_part(x + w, words - w), Words::load_part(y + w, words - w));
+  return ratio(inter.sum(), uni.sum());
+}
+
+// |x & y_j| of one mask with N consecutive masks at `y`.
+template <int N>
+inline void intersect(const uint64_t* x, const uint64_t* y, int64_t words, int64_t* out) {
+  Words sum[N];
+  for (int j = 0; j < N; ++j) sum[j] = Words::zero();
+  int64_t w = 0;
+  for (; w + Words::size <= words; w += Words::size) {
+    const Words p = Words::load(x + w);
+    for (int j = 0; j < N; ++j) sum[j] += (p & Words::load(y + j * words + w)).popcount();
+  }
+  if (w < words) {
+    const Words p = Words::load_part(x + w, words - w);
+    for (int j = 0; j < N; ++j) sum[j] += (p & Words::load_part(y + j * words + w, words - w)).popcount();
+  }
+  for (int j = 0; j < N; ++j) out[j] = sum[j].sum();
+}
+
+}  // namespace
+
+#define P2S_JOIN_(a, b) a##_##b
+#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
+#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
+
+namespace p2s {
+
+const char* P2S_NAME(mask_match_rows)(const MaskMatchArgs& args, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) {
+    args.scores[k] = match_one(args.masks + k * args.words, args.query, args.words);
+  }
+  return kIsaName;
+}
+
+const char* P2S_NAME(mask_areas)(const uint64_t* masks, int64_t words, int64_t* areas, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) areas[k] = area(masks + k * words, words);
+  return kIsaName;
+}
+
+const char* P2S_NAME(mask_iou_tile)(const MaskIouArgs& args, const int64_t* areas, const MaskIouTile& tile) {
+  constexpr int kColumns = 4;
+  const int64_t* area_b = areas + args.rows;
+  for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
+    const uint64_t* x = args.a + i * args.words;
+    float* out = args.iou + i * args.columns;
+    int64_t inter[kColumns];
+    int64_t j = tile.column_begin;
+    for (; j + kColumns <= tile.column_end; j += kColumns) {
+      intersect<kColumns>(x, args.b + j * args.words, args.words, inter);
+      for (int c = 0; c < kColumns; ++c) out[j + c] = ratio(inter[c], areas[i] + area_b[j + c] - inter[c]);
+    }
+    for (; j < tile.column_end; ++j) {
+      intersect<1>(x, args.b + j * args.words, args.words, inter);
+      out[j] = ratio(inter[0], areas[i] + area_b[j] - inter[0]);
+    }
+  }
+  return kIsaName;
+}
+
+}  // namespace p2s
