@@ -22,15 +22,17 @@ import os
 import stat
 import sys
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from .errors import ImageReadError
 
-__all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "Source", "iter_sources", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "Source", "atomic_file", "iter_sources", "read_image", "write_atomic"]
 
 MAX_PIXELS = 89_478_485
 """Default limit on width x height of a file, Pillow's own (1 GiB at 4 bytes x 3 bands). `None` lifts it."""
@@ -421,3 +423,38 @@ def _from_tensor(tensor) -> np.ndarray:
     if shape[0] == 1:
         values = np.repeat(values, 3, axis=0)
     return np.array(values.transpose(1, 2, 0), order="C")
+
+
+# writing
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write that takes its place at `path`, whole and synced, when the block ends; not at all if it
+    raises.
+
+    A link at `path` is replaced, never written through. Raises OSError like `open`.
+    """
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    # short and always the same: fits where `name` fits, and a killed run leaves at most one
+    temporary = os.path.join(folder, f".{zlib.crc32(os.fsencode(name)):08x}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_atomic(path: str | os.PathLike, content: bytes) -> None:
+    """`atomic_file` for content at hand."""
+    with atomic_file(path) as file:
+        file.write(content)
