@@ -1,9 +1,9 @@
 """Bit-packed masks.
 
 Layout: a mask of H rows and W columns is int64 (H, ceil(W / 64)), each row on its own words. Pixel x of a row is bit
-`x % 64` of word `x // 64`, bit 0 being the least significant; the bits beyond W in a row's last word are zero. A gallery
-is (K, H, ceil(W / 64)), which flattens to (K, n) words for `mask_match` and `mask_iou`. Words hold bit patterns: the sign
-of an int64 carries no meaning.
+`x % 64` of word `x // 64`, bit 0 being the least significant; the bits beyond W in a row's last word are zero. A
+gallery is (K, H, ceil(W / 64)), which flattens to (K, n) words for `mask_match` and `mask_iou`. Words hold bit
+patterns: the sign of an int64 carries no meaning.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def popcount(packed: torch.Tensor) -> torch.Tensor:
 
 
 def word_popcount(words: torch.Tensor) -> torch.Tensor:
-    """Set bits of each word of an int64 tensor; same shape, int64. `>>` drags the sign in, the bit masks drop it again."""
+    """Set bits of each word, int64 to int64 of the same shape. `>>` drags the sign in, the bit masks drop it again."""
     pairs = words - ((words >> 1) & 0x5555555555555555)
     nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
     octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F
