@@ -118,19 +118,23 @@ def iter_sources(source) -> Iterator[Source]:
 
     A path gives itself. A folder is searched recursively for `IMAGE_EXTENSIONS`, sorted by path, hidden entries and
     linked folders left out. A string with `*`, `?` or `[` that isn't an existing file is a glob (`**` spans folders),
-    sorted, filtered the same way. A list, tuple or generator may mix paths, folders, globs, Pillow images, arrays and
-    tensors. Nothing is decoded here, and problems come as `Source.error`, so that a caller may skip them.
+    sorted, filtered the same way. A list, tuple or generator may mix paths, folders, globs, Pillow images, arrays,
+    tensors and `Source` objects, which pass as they are. Nothing is decoded here, and problems come as `Source.error`,
+    so that a caller may skip them.
     """
     position = 0
     for item in _top_level(source):
-        is_path = isinstance(item, (str, os.PathLike))
-        for found in _expand_path(os.fspath(item)) if is_path else (_memory_source(item, position + 1),):
+        if isinstance(item, (str, os.PathLike)):
+            expanded = _expand_path(os.fspath(item))
+        else:
+            expanded = (item if isinstance(item, Source) else _memory_source(item, position + 1),)
+        for found in expanded:
             position += 1
             yield found
 
 
 def _top_level(source) -> Iterable:
-    leaf = (str, os.PathLike, Image.Image, np.ndarray, bytes, bytearray, memoryview, dict)
+    leaf = (str, os.PathLike, Image.Image, np.ndarray, bytes, bytearray, memoryview, dict, Source)
     if isinstance(source, leaf) or _is_tensor(source) or hasattr(source, "read") or not isinstance(source, Iterable):
         return (source,)
     return source

@@ -183,10 +183,9 @@ class Localization:
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """bool (h, w) -> COCO RLE `{"size": [h, w], "counts": str}` (column-major runs, COCO's compressed string)."""
-    from pycocotools import mask as coco
+    from .rle import coco_rle
 
-    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+    return coco_rle(mask)
 
 
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:

@@ -1,0 +1,362 @@
+"""Pro2SAM (ECCV 2024): a coarse localisation map picks, by mask matching, the object out of SAM's grid-point
+gallery."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..boxes import largest_component, otsu_union
+from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
+from ..generator import MaskGenerator
+from ..io import MAX_PIXELS, Source, iter_sources
+from ..results import Localization
+from .matching import match
+
+__all__ = ["CoarseModel", "Localizer", "resolve_device"]
+
+BOX_RULES = ("otsu_union", "largest")
+_AUTO_BATCH = {"cpu": 4, "cuda": 16}
+_AUTO_PIXELS = {"cpu": 8_000_000, "cuda": 32_000_000}  # a batch holds no more than this, or one photo
+
+
+class CoarseModel:
+    """A network on resized photos as the localizer's coarse stage: preparation and call in one object.
+
+    model: maps a normalised (B, 3, size, size) batch to `{"map": (B, h, w), "logits": (B, C), ...}`, for instance
+    GTFormer. Where it has `coarse_map(x) -> (B, h, w)` and logits aren't wanted, that is called instead.
+    The photo is resized to size x size with Pillow's bilinear filter, the aspect ignored, scaled to 0..1 and
+    normalised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        size: int = 224,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ):
+        self.model = model.eval()
+        self.size = size
+        self._mean = np.asarray(mean, np.float32)
+        self._std = np.asarray(std, np.float32)
+
+    def to(self, device: torch.device | str) -> CoarseModel:
+        self.model.to(device)
+        return self
+
+    def prepare(self, rgb: np.ndarray) -> Tensor:
+        """uint8 (H, W, 3) RGB -> float32 (3, size, size), normalised."""
+        resized = Image.fromarray(rgb).resize((self.size, self.size), Image.Resampling.BILINEAR)
+        scaled = (np.asarray(resized, np.float32) / 255 - self._mean) / self._std
+        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+
+    def __call__(self, batch: Tensor, *, logits: bool = True) -> dict[str, Tensor]:
+        """(B, 3, size, size) -> {"map": (B, h, w) in 0..1, "logits": (B, C) if wanted and there are any}."""
+        if not logits and hasattr(self.model, "coarse_map"):
+            return {"map": self.model.coarse_map(batch)}
+        return self.model(batch)
+
+
+class Localizer:
+    """The whole pipeline, ready to run on photos.
+
+    coarse: gives the coarse map: an object with `prepare(rgb uint8 (H, W, 3)) -> tensor` and `__call__(batch) ->
+        {"map": (B, h, w) in 0..1, "logits": (B, C) if it classifies}`, or a module that `CoarseModel` can wrap
+        (GTFormer).
+    sam: a `Sam`, whose mask gallery is matched against the map.
+    classifier: gives the label: like `coarse`, its call returning `{"logits": (B, C)}` or the logits themselves. By
+        default the coarse model's own logits.
+    class_names: names of the classifier's classes.
+    generator: options of `MaskGenerator`. matching: options of `match`.
+    sam_input: "native" shows SAM the upright photo; a number S shows it the photo resized to S x S, the aspect ignored
+        (the paper's protocol has 224), and maps the result back.
+    box: "otsu_union", the union of the mask's regions of at least `min_region_box` pixels, or "largest", the largest
+        region. A mask without such a region gives the box around all of it.
+    candidates: how many gallery masks to keep in a result, best match first; None for all.
+    max_pixels: limit for reading files, None for no limit.
+    device: "auto" (CUDA where it works, else CPU), or what torch.device takes.
+
+    Results don't depend on the batch size. Calling is safe from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        coarse: Any,
+        sam: nn.Module,
+        *,
+        classifier: Any = None,
+        class_names: Sequence[str] | None = None,
+        generator: Mapping[str, Any] | None = None,
+        matching: Mapping[str, Any] | None = None,
+        sam_input: str | int = "native",
+        box: str = "otsu_union",
+        min_region_box: int = 100,
+        candidates: int | None = 10,
+        max_pixels: int | None = MAX_PIXELS,
+        device: str | torch.device = "auto",
+    ):
+        if sam_input != "native" and not (_is_int(sam_input) and sam_input >= 1):
+            raise ConfigError(f"sam_input must be 'native' or a number of pixels, not {sam_input!r}")
+        if box not in BOX_RULES:
+            raise ConfigError(f"box must be one of {', '.join(BOX_RULES)}, not {box!r}")
+        for name, value, lowest in (("candidates", candidates, 0), ("max_pixels", max_pixels, 1)):
+            if value is not None and not (_is_int(value) and value >= lowest):
+                raise ConfigError(f"{name} must be None or a whole number of at least {lowest}, not {value!r}")
+        if not _is_int(min_region_box) or min_region_box < 0:
+            raise ConfigError(f"min_region_box must be a whole number of pixels, not {min_region_box!r}")
+        self.device = resolve_device(device)
+        self.coarse = _on_device(_as_stage(coarse, "coarse"), self.device)
+        self.classifier = None if classifier is None else _on_device(_as_stage(classifier, "classifier"), self.device)
+        self.sam = sam.to(self.device).eval()
+        self.generator = MaskGenerator(self.sam, **(generator or {}))
+        self.matching = dict(matching or {})
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.sam_input, self.box, self.min_region_box = sam_input, box, min_region_box
+        self.candidates, self.max_pixels = candidates, max_pixels
+
+    def __call__(
+        self,
+        source: Any,
+        *,
+        batch_size: int | str = "auto",
+        stream: bool = False,
+        on_error: str = "raise",
+    ) -> list[Localization] | Iterator[Localization]:
+        """Localize the object in every photo of `source`, in order.
+
+        source: anything `pro2sam_fast.io.iter_sources` takes: path, folder, glob, Pillow image, RGB array, tensor, or
+            a list or generator of these. `Source` objects pass as they are.
+        batch_size: photos a pass; "auto" fits the device, the photo sizes and, on a GPU, the memory.
+        stream: True gives an iterator that holds one batch at a time, its results keeping their photo in `image`;
+            False a list.
+        on_error: "raise" stops at the first photo that can't be read or matched (earlier ones are yielded first when
+            streaming); "skip" gives it a `Localization` with `error` set and goes on.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
+        if batch_size != "auto" and not (_is_int(batch_size) and batch_size >= 1):
+            raise ConfigError(f"batch_size must be 'auto' or a whole number of at least 1, not {batch_size!r}")
+        results = self._stream(iter_sources(source), batch_size, on_error, stream)
+        return results if stream else list(results)
+
+    def localize_batch(self, images: Sequence[np.ndarray]) -> list[Localization]:
+        """Localize in photos already read: uint8 (H, W, 3) RGB arrays of any sizes, in one pass."""
+        speed: dict[str, float] = {}
+        with torch.inference_mode():
+            with self._timed(speed, "coarse"):
+                maps, logits = self._coarse(images)
+            with self._timed(speed, "gallery"):
+                galleries = self.generator.generate([self._sam_view(image) for image in images])
+            with self._timed(speed, "match"):
+                inputs = zip(images, galleries, maps, strict=True)
+                results = [self._match(image, gallery, coarse) for image, gallery, coarse in inputs]
+        if logits is not None:
+            score, label = logits.float().softmax(dim=1).max(dim=1)
+            for result, index, value in zip(results, label.tolist(), score.tolist(), strict=True):
+                result.label, result.label_score = index, value
+                if self.class_names is not None and index < len(self.class_names):
+                    result.label_name = self.class_names[index]
+        share = {stage: value / len(images) for stage, value in speed.items()}
+        for result in results:
+            result.speed = dict(share)
+        return results
+
+    def _coarse(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+        """Maps (B, h, w) and logits (B, C) or None."""
+        batch = torch.stack([self.coarse.prepare(image) for image in images]).to(self.device)
+        if self.classifier is None:
+            output = self.coarse(batch)
+            return output["map"], output.get("logits")
+        wants_map_only = isinstance(self.coarse, CoarseModel)
+        output = self.coarse(batch, logits=False) if wants_map_only else self.coarse(batch)
+        if self.classifier.prepare != self.coarse.prepare:
+            batch = torch.stack([self.classifier.prepare(image) for image in images]).to(self.device)
+        logits = self.classifier(batch)
+        return output["map"], logits["logits"] if isinstance(logits, Mapping) else logits
+
+    def _sam_view(self, image: np.ndarray) -> np.ndarray:
+        if self.sam_input == "native":
+            return image
+        size = (self.sam_input, self.sam_input)
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+    def _match(self, image: np.ndarray, gallery, coarse: Tensor) -> Localization:
+        height, width = image.shape[:2]
+        found = match(gallery, coarse, **self.matching)
+        box = self._box_of(found.mask)
+        mask = np.asarray(found.mask, bool)
+        if mask.shape != (height, width):
+            box = box * np.array([width / mask.shape[1], height / mask.shape[0]] * 2)
+            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+        scores = np.where(found.kept, found.scores, -1.0)
+        best = np.argsort(-scores, kind="stable")[: int(np.sum(found.kept))][: self.candidates]
+        return Localization(
+            path=None,
+            orig_shape=(height, width),
+            box=tuple(float(value) for value in box),
+            mask=mask,
+            score=float(found.score),
+            coarse=coarse.float().cpu().numpy(),
+            candidates=gallery.select(torch.from_numpy(best)).to("cpu"),
+            candidate_scores=scores[best].astype(np.float32),
+            source=found.source,
+        )
+
+    def _box_of(self, mask: np.ndarray) -> np.ndarray:
+        """bool (H, W) -> float64 (4,), half-open."""
+        if self.box == "largest":
+            mask = largest_component(mask)
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not rows.size:
+            return np.array([0, 0, mask.shape[1], mask.shape[0]], np.float64)
+        tight = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+        if self.box == "largest":
+            return tight
+        box = np.asarray(otsu_union(mask, min_region=self.min_region_box), np.float64)
+        fell_back = np.array_equal(box, [0, 0, mask.shape[1], mask.shape[0]])  # or all of the frame is mask: tight too
+        return tight if fell_back else box
+
+    def _stream(
+        self, sources: Iterator[Source], batch_size: int | str, on_error: str, stream: bool
+    ) -> Iterator[Localization]:
+        batch = _Batch(batch_size, self.device.type)
+        for source in sources:
+            start = time.perf_counter()
+            try:
+                image = source.read(self.max_pixels)
+            except ImageReadError as error:
+                if on_error == "raise":
+                    if stream:
+                        yield from self._run(batch, on_error, stream)
+                    raise
+                batch.add(source, None, _failed(source, error), 0.0)
+                continue
+            if not batch.has_room_for(image):
+                yield from self._run(batch, on_error, stream)
+            batch.add(source, image, None, 1e3 * (time.perf_counter() - start))
+            if batch.full:
+                yield from self._run(batch, on_error, stream)
+        yield from self._run(batch, on_error, stream)
+
+    def _run(self, batch: _Batch, on_error: str, stream: bool) -> Iterator[Localization]:
+        """Results for what the batch holds, in order. Photos stay in the results only if they can't be read again."""
+        items = batch.take()
+        photos = [item for item in items if item[1] is not None]
+        results = iter(self._robust_batch(photos, on_error, batch))
+        for source, image, failed, read_ms in items:
+            result = failed or next(results)
+            if image is not None:
+                result.path, result.name = source.path, source.name
+                if stream or not isinstance(source.item, (str, os.PathLike)):
+                    result.image = image
+                result.speed = {"read": read_ms, **result.speed}
+                result.speed["total"] = sum(result.speed.values())
+            yield result
+
+    def _robust_batch(self, photos: list, on_error: str, batch: _Batch) -> list[Localization]:
+        """`localize_batch`, in halves where it doesn't fit the memory or where a photo of it fails."""
+        if not photos:
+            return []
+        half = len(photos) // 2
+        try:
+            return self.localize_batch([photo[1] for photo in photos])
+        except torch.OutOfMemoryError:
+            if not batch.automatic or not half:
+                raise
+            torch.cuda.empty_cache()
+            batch.size = half
+        except Pro2SamError as error:
+            if on_error == "raise":
+                raise
+            if not half:
+                return [_failed(photos[0][0], error, photos[0][1].shape[:2])]
+        parts = photos[:half], photos[half:]
+        return [result for part in parts for result in self._robust_batch(part, on_error, batch)]
+
+    @contextmanager
+    def _timed(self, speed: dict[str, float], stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        speed[stage] = 1e3 * (time.perf_counter() - start)
+
+
+class _Batch:
+    """Collects (source, image | None, failed result | None, read ms) until a pass is worth it."""
+
+    def __init__(self, size: int | str, device_type: str):
+        self.automatic = size == "auto"
+        self.size = _AUTO_BATCH.get(device_type, 1) if self.automatic else size
+        self._pixel_limit = _AUTO_PIXELS.get(device_type, 0) if self.automatic else None
+        self._items: list = []
+        self._photos = self._pixels = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self._items) >= self.size
+
+    def has_room_for(self, image: np.ndarray) -> bool:
+        limit = self._pixel_limit
+        return limit is None or not self._photos or self._pixels + image.shape[0] * image.shape[1] <= limit
+
+    def add(self, source: Source, image: np.ndarray | None, failed: Localization | None, read_ms: float) -> None:
+        self._items.append((source, image, failed, read_ms))
+        if image is not None:
+            self._photos += 1
+            self._pixels += image.shape[0] * image.shape[1]
+
+    def take(self) -> list:
+        items, self._items = self._items, []
+        self._photos = self._pixels = 0
+        return items
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """"auto" -> CUDA where a GPU works, else CPU; anything else as torch.device reads it.
+
+    Raises ConfigError for an unknown device and BackendError for a CUDA device that isn't there.
+    """
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise BackendError(f"there is no device '{device}': torch finds {count} usable CUDA devices; use device='cpu'")
+    return device
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _as_stage(stage: Any, role: str) -> Any:
+    if hasattr(stage, "prepare") and callable(stage):
+        return stage
+    if isinstance(stage, nn.Module):
+        return CoarseModel(stage)
+    raise ConfigError(f"{role} must be a module or have prepare(rgb) and __call__(batch), a {type(stage).__name__} has not")
+
+
+def _on_device(stage: Any, device: torch.device) -> Any:
+    if isinstance(stage, nn.Module):
+        stage.eval()
+    return stage.to(device) if hasattr(stage, "to") else stage
+
+
+def _failed(source: Source, error: Exception, shape: tuple[int, int] | None = None) -> Localization:
+    return Localization(source.path, shape, error=str(error), name=source.name)
