@@ -336,7 +336,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise BackendError(f"there is no device '{device}': torch finds {count} usable CUDA devices; use device='cpu'")
+            raise BackendError(f"no device '{device}': torch finds {count} usable CUDA devices; use device='cpu'")
     return device
 
 
@@ -349,7 +349,7 @@ def _as_stage(stage: Any, role: str) -> Any:
         return stage
     if isinstance(stage, nn.Module):
         return CoarseModel(stage)
-    raise ConfigError(f"{role} must be a module or have prepare(rgb) and __call__(batch), a {type(stage).__name__} has not")
+    raise ConfigError(f"{role} must be a module or have prepare(rgb) and __call__(batch), not {type(stage).__name__}")
 
 
 def _on_device(stage: Any, device: torch.device) -> Any:
