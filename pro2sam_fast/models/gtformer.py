@@ -143,8 +143,8 @@ class QueryEmbed(nn.Module):
             small = x[:, :, ratio // 2 :: ratio, ratio // 2 :: ratio]
         else:
             small = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
-        small = small.reshape(-1, 3, PATCH_SIZE, r, PATCH_SIZE, r)  # b c u dy v dx
-        return small.permute(0, 5, 3, 1, 2, 4).reshape(-1, r * r, PATCH_VALUES)
+        small = small.reshape(x.shape[0], 3, PATCH_SIZE, r, PATCH_SIZE, r)  # b c u dy v dx
+        return small.permute(0, 5, 3, 1, 2, 4).reshape(x.shape[0], r * r, PATCH_VALUES)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, 3, 224, 224) -> tokens (B, G, D)."""
@@ -222,8 +222,8 @@ class PooledHead(nn.Module):
     """3x3 convolution D -> C with zero padding, followed by global average pooling, without building the class maps.
 
     Convolution and mean are linear, so for kernel tap (a, b) only the window sum T_ab of the inputs that the tap sees
-    is needed: rows 0..h-2, 0..h-1 or 1..h-1 for a = 0, 1, 2, and the same for columns. `weight` (C, D, 3, 3), `bias`
-        (C).
+    is needed: rows 0..h-2, 0..h-1 or 1..h-1 for a = 0, 1, 2, and the same for columns.
+    `weight` (C, D, 3, 3), `bias` (C).
     """
 
     def __init__(self, dim: int, num_classes: int):
@@ -275,17 +275,18 @@ class GTFormer(nn.Module):
             )
         else:
             self.query_token = nn.Parameter(torch.empty(1, num_queries, dim))
-            nn.init.trunc_normal_(self.query_token, std=0.02)
+            nn.init.normal_(self.query_token, std=0.02)
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         hidden = int(dim * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(dim, config.num_heads, hidden, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = PooledHead(dim, config.num_classes)
+        # the reference truncates these normals at 100 standard deviations, which never happens
         for parameter in (self.cls_token, self.pos_embed, self.query_pos):
-            nn.init.trunc_normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.02)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, *, class_maps: bool = False) -> dict[str, Tensor]:

@@ -110,7 +110,8 @@ def convert_official(state: Mapping[str, Tensor], name: str) -> tuple[str, dict,
     check_tensors({key: value for key, value in state.items() if not unused.fullmatch(key)}, expected, name)
 
     rename = {"glo_embed": "query_pos", "loc_embed": "query_pos", "loc_token": "query_token"}
-    ours = {rename.get(key, key): state[key].float() for key in expected if not key.startswith("patch_merging.")}
+    trunk = [key for key in expected if not key.startswith("patch_merging.")]
+    ours = {rename.get(key, key): state[key] for key in trunk}
     if image:
         projections = [[state[f"patch_merging.proj{i}.{part}"].float() for i in (0, 1)] for part in conv]
         ours["query_embed.weight"] = torch.stack(projections[0]).flatten(2)
@@ -135,7 +136,7 @@ def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
         )
         if not dense or not value.is_floating_point():
             raise CheckpointError(f"{name} has {key} as something else than a dense floating point tensor")
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(value.sum(dtype=torch.float64)):
             raise CheckpointError(f"{name} has values in {key} that aren't finite")
 
 
