@@ -52,9 +52,12 @@ def backends() -> Mapping[str, BackendState]:
 
 def report() -> str:
     """The text of `python -m pro2sam_fast`: versions, back ends with their reasons, the CPU instruction set."""
+    import torch
+
     lines = [
         f"pro2sam-fast {__version__}, Python {platform.python_version()}, {platform.platform()}",
-        "  " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "timm", "numpy", "pillow")),
+        f"  torch {torch.__version__}, "
+        + ", ".join(f"{name} {_version(name)}" for name in ("triton", "timm", "numpy", "pillow")),
         "",
         "back ends",
     ]

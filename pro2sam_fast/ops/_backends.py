@@ -31,7 +31,7 @@ def interpreting() -> bool:
 
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` can't take tensors on `device_type`, or None if it can."""
-    if backend == "reference":
+    if backend in ("auto", "reference"):
         return None
     if backend == "triton" and interpreting():
         wanted = "cpu"

@@ -1,0 +1,133 @@
+"""What a build must hold, checked on the installed package and the sources beside the tests; needs no GPU."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pro2sam_fast
+from pro2sam_fast import _native, backends
+from pro2sam_fast.errors import BackendError
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(pro2sam_fast.__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def distribution():
+    try:
+        found = importlib.metadata.distribution("pro2sam-fast")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pro2sam-fast isn't installed here, only on PYTHONPATH")
+    if any("editable" in str(file) for file in found.files or ()):
+        pytest.skip("an editable install runs from the sources")
+    return found
+
+
+def imports(path):
+    """Top-level names of the modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def test_setup_is_small_and_knows_no_torch():
+    setup = ROOT / "setup.py"
+    assert len(setup.read_text().splitlines()) <= 80
+    assert set(imports(setup)) == {"os", "pathlib", "pybind11", "setuptools", "shutil", "subprocess", "sys"}
+
+
+def test_the_tests_import_the_installed_package(distribution):
+    assert Path(distribution.locate_file("pro2sam_fast")).resolve() == PACKAGE
+    assert not PACKAGE.is_relative_to(ROOT)
+
+
+def test_the_wheel_holds_everything(distribution):
+    files = {str(file) for file in distribution.files}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "pro2sam_fast").rglob("*.py")}
+    sources |= {f"pro2sam_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")}
+    sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "pro2sam_fast" / "weights").glob("*")}
+    assert sources <= files
+    assert any(name.startswith("pro2sam_fast/_cpu.") for name in files)
+    assert not any(name.startswith(("tests/", "kernels/", "csrc/")) for name in files)
+    commands = {entry.name: entry.value for entry in distribution.entry_points}
+    assert commands == {"pro2sam-fast": "pro2sam_fast.cli:main"}
+
+
+def test_native_modules_load(distribution):
+    states = backends()
+    assert states["cpu"].available, states["cpu"].reason
+    built = any(str(file).startswith("pro2sam_fast/_cuda.") for file in distribution.files)
+    assert states["cuda"].loaded == built, states["cuda"].reason
+
+
+def test_native_modules_link_no_torch(distribution):
+    for module in (_native._cpu, _native._cuda):
+        if isinstance(module, _native.MissingModule):
+            continue
+        image = Path(module.__file__).read_bytes()
+        assert b"libtorch" not in image and b"libc10" not in image
+        assert b"libcudart.so" not in image
+
+
+def test_cuda_without_a_gpu_says_so():
+    from pro2sam_fast import _cuda
+
+    if backends()["cuda"].available:
+        pytest.skip("there is a GPU")
+    if not backends()["cuda"].loaded:
+        with pytest.raises(BackendError, match="isn't built here"):
+            _cuda.mask_match(0, 0, 0, 0, 1, 1, 0, 0)
+        return
+    assert _cuda.device_info()["error"]
+    with pytest.raises(RuntimeError, match=r"mask_match: .*(CUDA|device)"):
+        _cuda.mask_match(0, 0, 0, 0, 1, 1, 0, 0)
+    assert backends()["cuda"].reason
+
+
+def test_cuda_architectures():
+    if not backends()["cuda"].loaded:
+        pytest.skip(backends()["cuda"].reason)
+    built = _native._cuda.architectures.split()
+    assert {"80-real", "86-real", "89-real", "90a-real"} <= set(built)
+    assert built[-1].endswith("-virtual"), "PTX of the newest serves GPUs that come later"
+
+
+def test_the_source_tree_imports_without_a_build(tmp_path):
+    (tmp_path / "pro2sam_fast").symlink_to(ROOT / "pro2sam_fast")
+    code = """
+import warnings, torch, pro2sam_fast
+warnings.simplefilter("ignore")
+from pro2sam_fast import _cpu, _cuda
+from pro2sam_fast.ops import mask_match
+words = torch.tensor([[1, 3]])
+print(pro2sam_fast.__file__, pro2sam_fast.backends()["triton"], mask_match(words, words[0])[0].tolist())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path)) and done.stdout.rstrip().endswith("[1.0]")
+
+
+def test_import_is_light():
+    code = "import sys, pro2sam_fast; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=os.sep)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_at_most_four_environment_variables():
+    sources = [ROOT / "setup.py"]
+    for folder in ("pro2sam_fast", "kernels", "csrc"):
+        sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h", ".inl")]
+    used = {name for path in sources for name in re.findall(r"\bPRO2SAM_[A-Z_]+\b", path.read_text())}
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    documented = set(re.findall(r"^\| `(PRO2SAM_[A-Z_]+)`", table, flags=re.MULTILINE))
+    assert used == documented and len(documented) <= 4
