@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,35 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x)[-1])
+
+    def folded(self) -> EfficientNetLite0:
+        """A copy for inference with every batch norm folded into the convolution before it."""
+        trunk = copy.deepcopy(self).requires_grad_(False)
+        for block in [trunk.net, *(b for stage in trunk.net.blocks for b in stage)]:
+            for conv, norm in _CONV_NORM_INVERTED if hasattr(block, "conv_pwl") else _CONV_NORM:
+                if hasattr(block, conv) and isinstance(getattr(block, norm, None), nn.BatchNorm2d):
+                    _fold(getattr(block, conv), getattr(block, norm))
+                    setattr(block, norm, getattr(block, norm).act)
+        return trunk
+
+
+# convolution and batch norm that follow each other, in the network itself and in its two kinds of block
+_CONV_NORM = (
+    ("conv_stem", "bn1"),
+    ("conv_head", "bn2"),
+    ("conv_dw", "bn1"),
+    ("conv_pw", "bn2"),
+)
+_CONV_NORM_INVERTED = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    # w' = w * g, b' = beta + (b - mean) * g with g = gamma / sqrt(var + eps), in float64
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.running_mean.double().neg() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
+    weight = conv.weight.double() * gain[:, None, None, None]
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    conv.bias = nn.Parameter((norm.bias.double() + bias * gain).to(conv.weight.dtype), requires_grad=False)
 
 
 def load_pretrained_trunk() -> EfficientNetLite0:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.prompts import PromptBatch, PromptDataset
 from ..models.sam import Sam
+from ..models.trunk import EfficientNetLite0
 from .checkpoint import load_latest, save_checkpoint
 
 
@@ -66,13 +67,16 @@ class AffinityHead(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, same, weight, reduction="sum") / weight.sum().clamp(min=1)
 
 
-def forward_batch(sam: Sam, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Low-resolution logits (B, 4, m, m) of all four masks, predicted IoU (B, 4), image embedding (Bi, 256, e, e)."""
+def forward_batch(sam: Sam, trunk: EfficientNetLite0, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Low-resolution logits (B, 4, m, m) of all four masks, predicted IoU (B, 4), image embedding (Bi, 256, e, e).
+
+    ``trunk`` is the frozen feature extractor (``sam``'s own, or its folded copy).
+    """
     size = batch.images.shape[-1]
     x = (batch.images - sam.pixel_mean) / sam.pixel_std * batch.valid[:, None]
     encoder, prompts = sam.image_encoder, sam.prompt_encoder
     with torch.no_grad():
-        features = encoder.trunk.features(x)
+        features = trunk.features(x)
     embedding = encoder.embed(features)
     pe = prompts.pe_layer((size // 16, size // 16)).unsqueeze(0)
     encode = prompts.pe_layer.forward_with_coords
@@ -152,9 +156,11 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
     SIGTERM and SIGINT save before they end the run.
     """
     run.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)
     sam.requires_grad_(True)
     sam.image_encoder.trunk.requires_grad_(False)
     sam.mask_decoder.train()
+    trunk = sam.image_encoder.trunk.folded()
     affinity = AffinityHead()
     parameters = [p for p in [*sam.parameters(), *affinity.parameters()] if p.requires_grad]
     groups = [
@@ -202,7 +208,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, config)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, iou, embedding = forward_batch(sam, batch)
+                logits, iou, embedding = forward_batch(sam, trunk, batch)
                 out = mask_losses(logits, iou, batch)
                 out["affinity"] = affinity(embedding, batch.labels)
             loss = out["loss"] + config.affinity_weight * out["affinity"]
@@ -215,8 +221,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
             optimizer.step()
             decay = min(config.ema, step / (step + 20))
             with torch.no_grad():
-                for k, v in trainable_state(sam).items():
-                    average[k].lerp_(v, 1 - decay)
+                torch._foreach_lerp_(list(average.values()), list(trainable_state(sam).values()), 1 - decay)
             for k, v in out.items():
                 sums[k] = sums.get(k, 0.0) + v.item()
             if step % 50 == 0:
