@@ -1,0 +1,248 @@
+"""Mask matching of Pro2SAM (ECCV 2024, Eq. 11): the gallery mask most similar to the coarse map is the object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..boxes import Box, iou_exact, largest_component, largest_component_box, map_foreground, otsu_union, tight_box
+from ..errors import ConfigError, Pro2SamError
+from ..gallery import MaskGallery
+from ..ops import mask_match, pack_masks, unpack_masks
+
+__all__ = ["MatchResult", "NoMaskError", "fills_frame", "grid_masks", "match"]
+
+RESOLUTIONS = ("mask", "official14")
+SIMILARITIES = ("mask", "bbox", "mask+bbox")
+ON_EMPTY = ("coarse", "raise")
+
+
+class NoMaskError(Pro2SamError, LookupError):
+    """No gallery mask is left to match and `on_empty="raise"` forbids the fallback."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatchResult:
+    """The mask chosen for one image.
+
+    Attributes:
+        index: of the mask in the gallery; -1 unless `source` is "sam".
+        score: its similarity; 0 unless `source` is "sam".
+        predicted_iou: SAM's own estimate for it; NaN unless `source` is "sam".
+        source: "sam", a gallery mask; "coarse", the largest region of the coarse map; "full", the whole frame.
+        mask: bool (H, W).
+        scores: float32 (K,), similarity of every gallery mask, also of those the filter dropped.
+        kept: bool (K,), False for masks that the filter dropped.
+    """
+
+    index: int
+    score: float
+    predicted_iou: float
+    source: str
+    mask: np.ndarray
+    scores: np.ndarray
+    kept: np.ndarray
+
+    def box(self, rule: str = "otsu_union", min_region: int = 100) -> Box:
+        """Half-open box of the mask, in its pixels.
+
+        Args:
+            rule: "otsu_union", the union of the regions of at least `min_region` pixels after a 3x3 closing, or
+                "largest", the largest region.
+
+        Returns:
+            The whole frame if no region counts, for instance for a mask smaller than `min_region`.
+        """
+        if rule not in ("otsu_union", "largest"):
+            raise ConfigError(f"box rule must be otsu_union or largest, got {rule!r}")
+        return otsu_union(self.mask, min_region) if rule == "otsu_union" else largest_component_box(self.mask)
+
+
+def match(
+    gallery: MaskGallery,
+    coarse_map: Tensor,
+    *,
+    prompt_threshold: float = 0.2,
+    match_resolution: str = "mask",
+    similarity: str = "mask",
+    drop_full_frame: bool = True,
+    min_region_gallery: int = 10,
+    min_score: float = 0.0,
+    on_empty: str = "coarse",
+    coarse_threshold: float = 0.4,
+) -> MatchResult:
+    """Choose the gallery mask that is most similar to the binarised coarse map B; the first on ties.
+
+    Args:
+        gallery: K masks of H x W pixels, in descending predicted IoU.
+        coarse_map: (h, w) values in [0, 1] that cover the whole image.
+        prompt_threshold: B is where the map, not normalised, lies strictly above it.
+        match_resolution: "mask" enlarges the map bilinearly to H x W (paper); "official14" shrinks the masks to the
+            map's grid (released code), see `grid_masks`.
+        similarity: "mask", IoU of the masks; "bbox", exact IoU of the half-open extents of B and the mask;
+            "mask+bbox", their sum. The last two are the paper's ablation, which doesn't state how boxes are combined.
+        drop_full_frame: leave out masks whose box is the whole frame, see `fills_frame`.
+        min_region_gallery: smallest region in pixels for that box.
+        min_score: a best score that doesn't exceed it falls back.
+        on_empty: "coarse" falls back to the largest region of the map where it, min-max normalised, lies above
+            `coarse_threshold`, and to the whole frame if there is none. "raise" never falls back: no mask left is an
+            error, and a best score of 0 selects the first mask left, as the released code does.
+        coarse_threshold: for that fallback, in the normalised range.
+
+    Raises:
+        ConfigError: an option out of its range, or a map that isn't two-dimensional with finite values.
+        NoMaskError: no mask left and `on_empty="raise"`.
+    """
+    for name, value, choices in (
+        ("match_resolution", match_resolution, RESOLUTIONS),
+        ("similarity", similarity, SIMILARITIES),
+        ("on_empty", on_empty, ON_EMPTY),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    for name, value in (
+        ("prompt_threshold", prompt_threshold),
+        ("min_score", min_score),
+        ("coarse_threshold", coarse_threshold),
+    ):
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    if not isinstance(min_region_gallery, Integral) or min_region_gallery < 0:
+        raise ConfigError(f"min_region_gallery must be a number of pixels, got {min_region_gallery!r}")
+    coarse_map = _check_map(coarse_map).to(gallery.masks.device)
+    scores = _similarity(gallery, coarse_map, prompt_threshold, match_resolution, similarity)
+    kept = np.ones(len(gallery), dtype=bool)
+    if drop_full_frame:
+        kept = ~fills_frame(gallery.masks, gallery.size[1], min_region_gallery)
+
+    left = np.flatnonzero(kept)
+    if not len(left) and on_empty == "raise":
+        raise NoMaskError(f"none of the {len(gallery)} gallery masks is left to match")
+    if len(left):
+        index = int(left[scores[left].argmax()])  # numpy's argmax takes the first
+        if on_empty == "raise" or scores[index] > min_score:
+            mask = unpack_masks(gallery.masks[index], gallery.size[1]).cpu().numpy()
+            predicted_iou = float(gallery.predicted_iou[index])
+            return MatchResult(index, float(scores[index]), predicted_iou, "sam", mask, scores, kept)
+    mask = largest_component(map_foreground(coarse_map, coarse_threshold, gallery.size))
+    source = "coarse" if mask.any() else "full"
+    if source == "full":
+        mask = np.ones(gallery.size, dtype=bool)
+    return MatchResult(-1, 0.0, math.nan, source, mask, scores, kept)
+
+
+def fills_frame(masks: Tensor, width: int, min_region: int = 10) -> np.ndarray:
+    """Whether `otsu_union(mask, min_region)` is the whole frame, for many masks at once.
+
+    True for masks that touch all four borders and for masks without a region of `min_region` pixels after the closing,
+    whose box falls back to the frame.
+
+    Args:
+        masks: int64 (K, H, ceil(width / 64)) packed.
+        width: W in pixels.
+        min_region: in pixels.
+
+    Returns:
+        bool (K,) on the CPU.
+    """
+    # The closing reaches the border from at most one pixel away, so a mask that stays two pixels away from some border
+    # fills the frame only by the fallback. That is excluded by any horizontal run of min_region pixels.
+    left, right = _column(masks, 0), _column(masks, width - 1)
+    if width > 1:
+        left, right = left | _column(masks, 1), right | _column(masks, width - 2)
+    near_all = left.any(1) & right.any(1) & (masks[:, :2] != 0).any(2).any(1) & (masks[:, -2:] != 0).any(2).any(1)
+    clear = ~near_all & _has_run(masks, min_region)
+    filled = np.zeros(len(masks), dtype=bool)
+    undecided = np.flatnonzero(~clear.cpu().numpy())
+    if len(undecided):
+        frame = (0, 0, width, masks.shape[1])
+        dense = unpack_masks(masks[torch.from_numpy(undecided).to(masks.device)], width).cpu().numpy()
+        filled[undecided] = [otsu_union(mask, min_region) == frame for mask in dense]
+    return filled
+
+
+def grid_masks(masks: Tensor, width: int, grid: tuple[int, int]) -> Tensor:
+    """Masks shrunk to a grid: bilinear with half-pixel centres and without antialias, any non-zero value is foreground.
+
+    A cell is then the OR of the at most 2 x 2 pixels that its sample position lies between: for 224 to 14 pixels, of
+    rows and columns 16 u + 7 and 16 u + 8.
+
+    Args:
+        masks: int64 (K, H, ceil(width / 64)) packed.
+        width: W in pixels.
+        grid: (h, w).
+
+    Returns:
+        bool (K, h, w).
+    """
+    rows, columns = (_taps(*sizes).to(masks.device) for sizes in ((masks.shape[1], grid[0]), (width, grid[1])))
+    picked = masks[:, rows[0]] | masks[:, rows[1]]  # (K, h, words)
+    picked = [(picked[:, :, x // 64] >> (x % 64)) & 1 for x in columns]
+    return (picked[0] | picked[1]).bool()
+
+
+def _taps(size: int, cells: int) -> Tensor:
+    """int64 (2, cells): the pixels on both sides of every sample position ((i + 1/2) size / cells - 1/2), clamped."""
+    position = (2 * torch.arange(cells) + 1) * size - cells  # in units of 1 / (2 cells)
+    position.clamp_(min=0)
+    low = position // (2 * cells)
+    high = torch.where(position % (2 * cells) == 0, low, low + 1).clamp_(max=size - 1)
+    return torch.stack([low, high])
+
+
+def _column(masks: Tensor, x: int) -> Tensor:
+    """Column x of packed masks as 0 or 1: int64 (K, H)."""
+    return (masks[:, :, x // 64] >> (x % 64)) & 1
+
+
+def _has_run(masks: Tensor, length: int) -> Tensor:
+    """Whether a word of packed masks (K, H, words) has `length` set pixels in a row: bool (K,).
+
+    Runs over a word boundary may be missed, so False isn't certain.
+    """
+    if length > 64:
+        return torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+    done, runs = 1, masks
+    while done < length:
+        step = min(done, length - done)
+        runs = runs & (runs >> step) & ((1 << (64 - step)) - 1)  # bit x: pixels x .. x + done + step - 1 are set
+        done += step
+    return (runs != 0).flatten(1).any(1)
+
+
+def _similarity(gallery: MaskGallery, coarse_map: Tensor, threshold: float, resolution: str, kind: str) -> np.ndarray:
+    """float32 (K,) similarity of every gallery mask with the binarised map."""
+    if resolution == "mask":
+        enlarged = F.interpolate(coarse_map[None, None], size=gallery.size, mode="bilinear", align_corners=False)
+        binary, masks = enlarged[0, 0] > threshold, gallery.masks
+    else:
+        binary = coarse_map > threshold
+        masks = pack_masks(grid_masks(gallery.masks, gallery.size[1], tuple(coarse_map.shape)))
+    scores = np.zeros(len(gallery), dtype=np.float32)
+    if kind != "bbox":
+        scores += mask_match(masks.flatten(1), pack_masks(binary).flatten())[0].cpu().numpy()
+    if kind != "mask":
+        scores += _box_similarity(masks, binary)
+    return scores
+
+
+def _box_similarity(masks: Tensor, binary: Tensor) -> np.ndarray:
+    """Exact IoU float32 (K,) of the extents of packed masks with that of one bool mask; 0 where one is empty."""
+    nothing = (0, 0, 0, 0)
+    dense = (unpack_masks(mask, binary.shape[1]).cpu().numpy() for mask in masks)
+    boxes = np.array([tight_box(mask) or nothing for mask in dense]).reshape(-1, 4)
+    return iou_exact(boxes, tight_box(binary.cpu().numpy()) or nothing).astype(np.float32)
+
+
+def _check_map(coarse_map: Tensor) -> Tensor:
+    values = torch.as_tensor(coarse_map).detach()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if values.ndim != 2 or values.numel() == 0 or not torch.isfinite(values).all():
+        raise ConfigError(f"the coarse map must be two-dimensional with finite values, got shape {tuple(values.shape)}")
+    return values
