@@ -1,12 +1,15 @@
 """Results on disk, in the formats that labelling and training tools read.
 
-    DIR/localizations.jsonl         one record per input, in input order (always written; the other files follow from
-    it) DIR/overlays/<name>.jpg         photo with box, mask contour and label
+    DIR/localizations.jsonl         one record per input, in input order; always written
+    DIR/overlays/<name>.jpg         photo with box, mask contour and label
     DIR/masks/<name>.png            8-bit mask, 0 and 255
     DIR/coco.json                   COCO: images, annotations with boxes and RLE masks, the categories that occur
     DIR/voc/<name>.xml              Pascal VOC: one object, corners in VOC's 1-based inclusive pixels
-    DIR/yolo/labels/<name>.txt      `class xc yc w h`, fractions of the photo; names in yolo/classes.txt and
-    yolo/data.yaml DIR/labelstudio.json            Label Studio tasks with rectangle pre-annotations
+    DIR/yolo/labels/<name>.txt      `class xc yc w h`, fractions of the photo; with yolo/classes.txt, yolo/data.yaml
+    DIR/labelstudio.json            Label Studio tasks with rectangle pre-annotations
+
+    DIR/masks.jsonl                 segment everything: one record per input, all its masks as COCO RLE
+    DIR/galleries/<name>.jpg        photo with every mask in its own colour
 
 `<name>` is the input's place below its folder source, or its file name; equal names get `-2`, `-3`, ... Without a
 class label the class is called `object`. Every file is put in place whole.
@@ -18,21 +21,65 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+import numpy as np
+
+from .draw import draw_gallery
 from .errors import ConfigError
 from .io import Source, atomic_file, write_atomic
 from .records import OutputNames, RecordLog, make_parent
 from .results import Localization, coco_annotation, encode_image, encode_mask_png, overlay_suffix
 
-__all__ = ["FORMATS", "OUTPUT_FOLDERS", "LocalizationWriter"]
+if TYPE_CHECKING:
+    from .gallery import MaskGallery
+
+__all__ = ["FORMATS", "OUTPUT_FOLDERS", "GalleryWriter", "LocalizationWriter"]
 
 FORMATS = ("jsonl", "coco", "voc", "yolo", "labelstudio")
-OUTPUT_FOLDERS = ("overlays", "masks", "voc", "yolo")
+OUTPUT_FOLDERS = ("overlays", "masks", "voc", "yolo", "galleries")
 
 
-class LocalizationWriter:
+class _RunFolder:
+    """What one run writes into a folder: a log, and files that never replace an input."""
+
+    def __init__(
+        self, folder: str | os.PathLike, stem: str, config: dict[str, Any], resume: bool, inputs: Iterable[str]
+    ) -> None:
+        self.folder = os.fspath(folder)
+        self._protected = protected_inputs(self.folder, inputs)
+        self._names = OutputNames()
+        self._target(f"{stem}.jsonl")
+        self.log = RecordLog(self.folder, stem, config, resume=resume)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.log.close()
+
+    def remaining(self, sources: Iterable[Source]) -> Iterator[Source]:
+        """The inputs that still need work. Raises ConfigError if the first ones aren't those of the resumed run."""
+        for done, source in self.log.remaining(sources):
+            if done:
+                self._names.claim(source.name)
+            else:
+                yield source
+
+    def _put(self, relative: str, content: bytes) -> None:
+        path = self._target(relative)
+        make_parent(path)
+        write_atomic(path, content)
+
+    def _target(self, relative: str) -> str:
+        path = os.path.join(self.folder, relative)
+        if os.path.realpath(path) in self._protected:
+            raise ConfigError(f"refusing to write over the input '{path}': choose another output folder")
+        return path
+
+
+class LocalizationWriter(_RunFolder):
     """Writes the results of one run into a folder, in input order; a context manager.
 
     folder: made if missing. formats: out of `FORMATS`. overlay, masks: write pictures, mask files.
@@ -54,31 +101,15 @@ class LocalizationWriter:
         inputs: Iterable[str] = (),
     ):
         self.formats = check_formats(formats)
-        self.folder = os.fspath(folder)
         self.overlay, self.masks, self.class_names = overlay, masks, class_names
-        self._protected = protected_inputs(self.folder, inputs)
-        self._names = OutputNames()
-        if os.path.realpath(os.path.join(self.folder, "localizations.jsonl")) in self._protected:
-            raise ConfigError(f"the input '{self.folder}/localizations.jsonl' is where results go: choose another one")
         outputs = {"format": sorted(self.formats), "overlay": overlay, "masks": masks}
-        self.log = RecordLog(self.folder, "localizations", {**(config or {}), **outputs}, resume=resume)
-
-    def __enter__(self) -> LocalizationWriter:
-        return self
+        super().__init__(folder, "localizations", {**(config or {}), **outputs}, resume, inputs)
 
     def __exit__(self, *exception) -> None:
         try:
             self.write_collections()
         finally:
-            self.log.close()
-
-    def remaining(self, sources: Iterable[Source]) -> Iterator[Source]:
-        """The inputs that still need work. Raises ConfigError if the first ones aren't those of the resumed run."""
-        for done, source in self.log.remaining(sources):
-            if done:
-                self._names.claim(source.name)
-            else:
-                yield source
+            super().__exit__(*exception)
 
     def write(self, result: Localization) -> None:
         """Write the photo's own files, then commit its record. Call in input order, skipped photos included."""
@@ -109,20 +140,60 @@ class LocalizationWriter:
             rows = "".join(f"  {index}: {json.dumps(name)}\n" for index, name in enumerate(names))
             self._put("yolo/data.yaml", f"nc: {len(names)}\nnames:\n{rows}".encode())
 
-    def _put(self, relative: str, content: bytes) -> None:
-        write_atomic(self._target(relative), content)
-
     def _stream(self, relative: str, chunks: Iterable[str]) -> None:
         with atomic_file(self._target(relative)) as file:
             for chunk in chunks:
                 file.write(chunk.encode())
 
-    def _target(self, relative: str) -> str:
-        path = os.path.join(self.folder, relative)
-        if os.path.realpath(path) in self._protected:
-            raise ConfigError(f"refusing to write over the input '{path}': choose another output folder")
-        make_parent(path)
-        return path
+
+class GalleryWriter(_RunFolder):
+    """Writes whole mask galleries into a folder, in input order; a context manager.
+
+    Arguments as for `LocalizationWriter`; the pictures are those of the galleries.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        overlay: bool = True,
+        config: dict[str, Any] | None = None,
+        resume: bool = False,
+        inputs: Iterable[str] = (),
+    ):
+        self.overlay = overlay
+        super().__init__(folder, "masks", {**(config or {}), "overlay": overlay}, resume, inputs)
+
+    def write(self, source: Source, image: np.ndarray, gallery: MaskGallery, speed: dict[str, float]) -> None:
+        """Write the picture, then commit the record: path, height, width, masks (records in COCO RLE), speed, error."""
+        name = self._names.claim(source.name)
+        if self.overlay:
+            picture = draw_gallery(image, gallery_patches(gallery))
+            suffix = overlay_suffix(picture.size)
+            self._put(f"galleries/{name}{suffix}", encode_image(picture, suffix))
+        height, width = image.shape[:2]
+        self._append(source.path, height, width, gallery.to_records("coco_rle"), speed, None)
+
+    def write_error(self, source: Source, error: str) -> None:
+        """Commit the record of a photo that couldn't be used."""
+        self._names.claim(source.name)
+        self._append(source.path, None, None, None, {}, error)
+
+    def _append(self, path, height, width, masks, speed, error) -> None:
+        speed = {stage: round(value, 3) for stage, value in speed.items()}
+        record = {"path": path, "height": height, "width": width, "masks": masks, "speed": speed, "error": error}
+        self.log.append(record)
+
+
+def gallery_patches(gallery: MaskGallery) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(x, y, bool (h, w)) of every mask of a gallery that isn't empty, cropped to its box."""
+    from .rle import packed_to_dense
+
+    masks = packed_to_dense(gallery.masks, gallery.size[1])
+    for mask, box, area in zip(masks, gallery.boxes.tolist(), gallery.areas.tolist(), strict=True):
+        if area:
+            x0, y0, x1, y1 = box
+            yield x0, y0, mask[y0 : y1 + 1, x0 : x1 + 1].copy()
 
 
 def check_formats(formats: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,174 @@
+"""`localize` for one call, `load` for a localizer to keep."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .errors import ConfigError
+from .generator import MaskGenerator
+from .models.gtformer import load_official
+from .models.sam.build import build_sam, sam_model_registry
+from .pipelines.matching import match
+from .pipelines.pro2sam import CoarseModel, Localizer
+from .results import Localization
+
+__all__ = ["load", "localize", "option_names"]
+
+
+def localize(
+    source: Any,
+    model: str | os.PathLike | Localizer = "lite",
+    device: str = "auto",
+    batch_size: int | str = "auto",
+    stream: bool = False,
+    on_error: str = "raise",
+    **options: Any,
+) -> list[Localization] | Iterator[Localization]:
+    """Find the object in every photo: box, mask, label and score.
+
+    source: path, folder (searched recursively), glob, Pillow image, uint8 RGB array (H, W, 3), tensor (3, H, W), or a
+        list or generator that mixes these.
+    model: "lite" (bundled), a model folder, or a `Localizer` from `load`.
+    device: "auto", "cpu", "cuda", "cuda:1". batch_size: photos a pass or "auto".
+    stream: an iterator in constant memory instead of a list.
+    on_error: "raise" an ImageReadError at a photo that can't be read, or "skip" it with `Localization.error` set.
+    options: those of `load`, not together with a `Localizer`.
+
+    >>> for photo in localize("photos", stream=True):
+    ...     print(photo.path, photo.label_name, photo.box)
+    """
+    if isinstance(model, Localizer):
+        if options or device != "auto":
+            names = ", ".join([*options, *(["device"] if device != "auto" else [])])
+            raise ConfigError(f"give {names} to load(), not together with a Localizer")
+        localizer = model
+    elif model == "lite" and not options:
+        localizer = _bundled(str(device))
+    else:
+        localizer = load(model, device=device, **options)
+    return localizer(source, batch_size=batch_size, stream=stream, on_error=on_error)
+
+
+def load(
+    name_or_dir: str | os.PathLike = "lite",
+    *,
+    device: str = "auto",
+    coarse: Any = None,
+    sam: str | nn.Module | None = None,
+    sam_checkpoint: str | os.PathLike | None = None,
+    classifier: Any = None,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> Localizer:
+    """Load a localizer: a named model, or any pair of coarse localizer and SAM.
+
+    name_or_dir: "lite", or a folder with lite weights (what `pro2sam-fast train lite` writes). It gives what isn't
+    named below.
+    coarse: a GTFormer or other module, an object with `prepare` and `__call__` (see `Localizer`), or the path of an
+        official GTFormer or SAT checkpoint.
+    sam: a `Sam`, or "vit_b", "vit_l", "vit_h" with `sam_checkpoint`, or "lite".
+    sam_checkpoint: path of the weights for `sam`, or "official" to download them.
+    classifier: gives the label instead of the coarse model's own logits. class_names: the names of its classes.
+    options: arguments of `MaskGenerator` (points_per_side, pred_iou_thresh, ...), of `match` (prompt_threshold,
+        match_resolution, ...) and of `Localizer` (sam_input, box, candidates, max_pixels, ...) by their names.
+
+    Raises ConfigError for an unknown model or option and CheckpointError for bad weights.
+
+    >>> load("lite")
+    >>> load(coarse="gtformer_cub.pth", sam="vit_h", sam_checkpoint="sam_vit_h_4b8939.pth", sam_input=224)
+    """
+    groups = _sort_options(options)
+    lite = None
+    if coarse is None or (sam is None and sam_checkpoint is None):
+        lite = _load_lite(name_or_dir)
+        groups = _with_defaults(groups, lite.defaults)
+    elif os.fspath(name_or_dir) != "lite":
+        raise ConfigError("give a model name or folder, or both coarse and sam, not all three")
+    if coarse is None:
+        coarse = lite.coarse
+        if classifier is None and class_names is None:
+            classifier, class_names = lite.classifier, lite.class_names
+    elif isinstance(coarse, (str, os.PathLike)):
+        coarse = CoarseModel(load_official(coarse))
+    sam = lite.sam if sam is None and sam_checkpoint is None else _resolve_sam(sam, sam_checkpoint)
+    return Localizer(
+        coarse,
+        sam,
+        classifier=classifier,
+        class_names=class_names,
+        generator=groups["generator"],
+        matching=groups["matching"],
+        device=device,
+        **groups["localizer"],
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _bundled(device: str) -> Localizer:
+    """The bundled model, kept for the next call of `localize`."""
+    return load("lite", device=device)
+
+
+def _load_lite(name_or_dir: str | os.PathLike):
+    from .models.lite import load_lite
+
+    name = os.fspath(name_or_dir)
+    if name == "lite":
+        return load_lite()
+    if os.path.isdir(name):
+        return load_lite(name)
+    raise ConfigError(f"unknown model '{name}': use 'lite', or the path of a model folder")
+
+
+def _resolve_sam(sam: str | nn.Module | None, checkpoint: str | os.PathLike | None) -> nn.Module:
+    if isinstance(sam, nn.Module):
+        if checkpoint is not None:
+            raise ConfigError("sam_checkpoint goes with the name of a SAM, not with a model that is already built")
+        return sam
+    if not isinstance(sam, str) or sam not in sam_model_registry:
+        names = ", ".join(f"'{name}'" for name in sam_model_registry if name != "default")
+        raise ConfigError(f"unknown SAM {sam!r}: use {names} or a Sam module")
+    if checkpoint is None and sam != "lite":
+        raise ConfigError(f"sam='{sam}' needs sam_checkpoint: the path of its weights, or 'official' to download them")
+    return build_sam(sam, checkpoint=checkpoint)
+
+
+def _keywords(function: Callable, *leave_out: str) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(function).parameters if name not in leave_out)
+
+
+def option_names() -> dict[str, tuple[str, ...]]:
+    """Names of the options that `load` takes, by what they belong to: generator, matching, localizer."""
+    taken = ("self", "coarse", "sam", "classifier", "class_names", "generator", "matching", "device")
+    return {
+        "generator": _keywords(MaskGenerator.__init__, "self", "sam"),
+        "matching": _keywords(match, "gallery", "coarse_map"),
+        "localizer": _keywords(Localizer.__init__, *taken),
+    }
+
+
+def _sort_options(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    names = option_names()
+    groups: dict[str, dict[str, Any]] = {group: {} for group in names}
+    for option, value in options.items():
+        group = next((group for group, members in names.items() if option in members), None)
+        if group is None:
+            known = sorted(name for members in names.values() for name in members)
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(known)}"
+            raise ConfigError(f"unknown option '{option}': {hint}")
+        groups[group][option] = value
+    return groups
+
+
+def _with_defaults(groups: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The model's own defaults below what the caller asked for."""
+    below = _sort_options(defaults)
+    return {group: {**below[group], **chosen} for group, chosen in groups.items()}
