@@ -1,0 +1,426 @@
+"""Segment everything: a grid of point prompts, SAM's masks for them, filters, and what is left as a gallery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .gallery import MaskGallery
+from .models.sam import DecodedTokens, Sam
+from .ops import pack_masks
+from .postprocess import Frame, boxes_of_masks, measure_masks, nms, remove_small_regions, upsample_chunks
+from .predictor import encode_image
+from .transforms import ResizeLongestSide, check_rgb
+
+__all__ = ["MaskGenerator", "crop_boxes", "point_grid"]
+
+# Matrix products of different sizes round differently, so prompts are decoded and masks upscaled in groups of a fixed
+# size (the last one filled up with copies): a mask does not depend on how many others are asked for with it.
+_PROMPTS_PER_DECODE = {"cpu": 16}
+_PROMPTS_PER_UPSCALE = {"cpu": 8}
+_PROMPTS_PER_GROUP_ELSEWHERE = 64
+_AUTO_POINTS_PER_BATCH = 64
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def point_grid(points_per_side: int) -> np.ndarray:
+    """The centres of an n x n grid over the unit square, row by row: float64 (n*n, 2) as (x, y)."""
+    offset = 1 / (2 * points_per_side)
+    side = np.linspace(offset, 1 - offset, points_per_side)
+    x, y = np.meshgrid(side, side)
+    return np.stack([x.ravel(), y.ravel()], axis=1)
+
+
+def crop_boxes(
+    image_size: tuple[int, int], n_layers: int, overlap_ratio: float
+) -> list[tuple[int, int, int, int, int]]:
+    """The image and its overlapping crops, as (x0, y0, x1, y1, layer), half-open.
+
+    Layer 0 is the whole image, layer i has ``2**i`` crops a side that overlap by ``overlap_ratio`` of the short side
+    over ``2**(i-1)``. Columns come before rows. Crops without area (of images a few pixels wide) are left out.
+    """
+    h, w = image_size
+    boxes = [(0, 0, w, h, 0)]
+    for layer in range(1, n_layers + 1):
+        per_side = 2**layer
+        overlap = int(overlap_ratio * min(h, w) * (2 / per_side))
+        crop_w, crop_h = (math.ceil((overlap * (per_side - 1) + side) / per_side) for side in (w, h))
+        for x0 in ((crop_w - overlap) * i for i in range(per_side)):
+            for y0 in ((crop_h - overlap) * i for i in range(per_side)):
+                if x0 < w and y0 < h:
+                    boxes.append((x0, y0, min(x0 + crop_w, w), min(y0 + crop_h, h), layer))
+    return boxes
+
+
+class _Candidates(NamedTuple):
+    """K masks before they are written at full resolution: logits (K, 4e, 4e), IoU (K,), points (K, 2) float64."""
+
+    low_res: Tensor
+    iou: Tensor
+    points: Tensor
+
+
+class _Measured(NamedTuple):
+    """Candidates that passed the filters, with stability float32 (K,) and boxes int64 (K, 4) in the crop's pixels."""
+
+    low_res: Tensor
+    iou: Tensor
+    points: Tensor
+    stability: Tensor
+    boxes: Tensor
+
+    def select(self, index: Tensor) -> _Measured:
+        return _Measured(*(x[index] for x in self))
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Low-resolution masks of point prompts, computed in groups of fixed size."""
+
+    sam: Sam
+    dtype: torch.dtype
+    pred_iou_thresh: float
+
+    def __call__(self, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """embedding (1, D, e, e), coords float64 (G, 2) in the input frame -> groups of surviving prompts in order:
+        their indices (n,), logits (n, 3, 4e, 4e), IoU (n, 3). A prompt survives if one of its masks may."""
+        device = embedding.device
+        decode_size = _PROMPTS_PER_DECODE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
+        upscale_size = _PROMPTS_PER_UPSCALE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
+        image_pe = self.sam.prompt_encoder.get_dense_pe()
+        pending: list[tuple[Tensor, ...]] = []
+        waiting = 0
+        for start in range(0, len(coords), decode_size):
+            index = torch.arange(start, min(start + decode_size, len(coords)), device=device)
+            decoded = self._decode(embedding, image_pe, coords[_filled(index, decode_size)])
+            iou = decoded.iou[: len(index), 1:].float()
+            alive = torch.arange(len(index), device=device)
+            if self.pred_iou_thresh > 0.0:
+                alive = alive[(iou > self.pred_iou_thresh).any(dim=1)]
+            pending.append((index[alive], iou[alive], decoded.mask_tokens[alive], decoded.image[alive]))
+            waiting += len(alive)
+            while waiting >= upscale_size:
+                group, pending = _split(pending, upscale_size)
+                waiting -= upscale_size
+                yield self._upscale(group, upscale_size, decoded.size)
+        if waiting:
+            group, _ = _split(pending, waiting)
+            yield self._upscale(group, upscale_size, decoded.size)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.sam.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def encode(self, image: np.ndarray, transform: ResizeLongestSide) -> tuple[Tensor, tuple[int, int]]:
+        """See :func:`pro2sam_fast.predictor.encode_image`; float32."""
+        with self._autocast():
+            embedding, input_size = encode_image(self.sam, image, transform)
+        return embedding.float(), input_size
+
+    def _decode(self, embedding: Tensor, image_pe: Tensor, coords: Tensor) -> DecodedTokens:
+        labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
+        # Fourier features always in full precision
+        sparse, dense = self.sam.prompt_encoder(points=(coords.unsqueeze(1), labels), boxes=None, masks=None)
+        with self._autocast():
+            # one dense embedding for all prompts: no mask input
+            return self.sam.mask_decoder.decode_tokens(embedding, image_pe, sparse, dense[:1])
+
+    def _upscale(
+        self, group: tuple[Tensor, ...], group_size: int, embedding_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        index, iou, tokens, image = group
+        fill = _filled(torch.arange(len(index), device=index.device), group_size)
+        with self._autocast():
+            low_res = self.sam.mask_decoder.upscale(
+                DecodedTokens(tokens[fill], image[fill], iou[fill], embedding_size), slice(1, None)
+            )
+        return index, low_res[: len(index)].float(), iou
+
+
+def _filled(index: Tensor, size: int) -> Tensor:
+    # (n,) -> (size,), the last entry repeated
+    return torch.cat([index, index[-1:].expand(size - len(index))])
+
+
+def _split(parts: list[tuple[Tensor, ...]], count: int) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+    columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return tuple(x[:count] for x in columns), [tuple(x[count:] for x in columns)]
+
+
+class MaskGenerator:
+    """All masks of a photo: prompts on a grid, three masks a prompt, filters, non-maximum suppression.
+
+    Gives the masks of `segment_anything.SamAutomaticMaskGenerator` in the same order, in float32. A gallery does not
+    depend on ``points_per_batch`` or on the other photos of a call. Where the other package fails or wavers, this one
+    doesn't: no survivors give an empty gallery (there: IndexError with crops), box coordinates stay integers, very
+    thin photos work, rows longer than 32767 pixels are counted without overflow, scores tied in NMS keep the order of
+    the candidates however many they are, and the resizing does not depend on the number of threads.
+
+    Memory: decoded masks are filtered by predicted IoU before they are upscaled; logits of the stable ones are kept
+    at low resolution, ``(4e)**2 * 4`` bytes each, and only the masks that survive NMS are written, bit-packed.
+
+    Args:
+        sam: the model, put in evaluation mode; parameters in float32.
+        points_per_side: n of the n x n grid; None if ``point_grids`` is given.
+        points_per_batch: prompts whose masks are filtered together, a bound on memory; ``"auto"`` chooses.
+        pred_iou_thresh: masks need a predicted IoU above this; 0 or less switches the filter off.
+        stability_score_thresh: masks need at least this stability score; 0 or less switches the filter off.
+        stability_score_offset: shift of the cutoff when the stability score is computed, in logits.
+        box_nms_thresh: box IoU above which the mask with the lower predicted IoU is dropped, inside a crop.
+        crop_n_layers: layers of crops segmented besides the whole photo, ``4**i`` in layer i.
+        crop_nms_thresh: box IoU above which a mask from a larger crop is dropped for one from a smaller.
+        crop_overlap_ratio: overlap of the first layer's crops, as a part of the short side, in [0, 1).
+        crop_n_points_downscale_factor: layer i has ``points_per_side / factor**i`` points a side.
+        point_grids: explicit points for each layer, (n, 2) as (x, y) in [0, 1], instead of ``points_per_side``.
+        min_mask_region_area: holes and islands of fewer pixels are removed, then NMS runs again; 0 switches it off.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or the torch dtype) for encoder and decoder through
+            autocast; filters and resizing always work in float32.
+
+    Raises:
+        ConfigError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        points_per_side: int | None = 32,
+        points_per_batch: int | str = "auto",
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: Sequence[np.ndarray] | None = None,
+        min_mask_region_area: int = 0,
+        dtype: str | torch.dtype = torch.float32,
+    ) -> None:
+        if not isinstance(sam, Sam):
+            raise ConfigError(f"sam must be a model from build_sam, got {type(sam).__name__}.")
+        if any(p.dtype != torch.float32 for p in sam.parameters()):
+            raise ConfigError("sam must keep its parameters in float32; use the argument dtype for reduced precision.")
+        self.sam = sam.eval()
+        self.transform = ResizeLongestSide(sam.image_encoder.img_size)
+        self.crop_n_layers = _integer("crop_n_layers", crop_n_layers, 0)
+        factor = _integer("crop_n_points_downscale_factor", crop_n_points_downscale_factor, 1)
+        self.point_grids = _point_grids(points_per_side, point_grids, self.crop_n_layers, factor)
+        self.points_per_batch = (
+            _AUTO_POINTS_PER_BATCH if points_per_batch == "auto" else _integer("points_per_batch", points_per_batch, 1)
+        )
+        self.pred_iou_thresh = _real("pred_iou_thresh", pred_iou_thresh)
+        self.stability_score_thresh = _real("stability_score_thresh", stability_score_thresh)
+        self.stability_score_offset = _real("stability_score_offset", stability_score_offset, 0)
+        self.box_nms_thresh = _real("box_nms_thresh", box_nms_thresh, 0)
+        self.crop_nms_thresh = _real("crop_nms_thresh", crop_nms_thresh, 0)
+        self.crop_overlap_ratio = _real("crop_overlap_ratio", crop_overlap_ratio, 0)
+        if self.crop_overlap_ratio >= 1:
+            raise ConfigError(f"crop_overlap_ratio must be less than 1, got {crop_overlap_ratio}.")
+        self.min_mask_region_area = _real("min_mask_region_area", min_mask_region_area, 0)
+        self.dtype = _dtype(dtype)
+        self._decoder = _Decoder(self.sam, self.dtype, self.pred_iou_thresh)
+
+    @torch.no_grad()
+    def generate(self, images: np.ndarray | Sequence[np.ndarray]) -> list[MaskGallery]:
+        """The galleries of photos of any sizes, in order.
+
+        Args:
+            images: list of RGB uint8 arrays (H, W, 3); a single array counts as a list of one.
+
+        Raises:
+            ImageReadError: an entry is not such an array; nothing has been computed then.
+        """
+        images = [images] if isinstance(images, np.ndarray) and images.ndim != 4 else list(images)
+        for i, image in enumerate(images):
+            check_rgb(image, f"images[{i}]")
+        return [self._generate(image) for image in images]
+
+    @torch.no_grad()
+    def generate_from_embeddings(
+        self, embeddings: Tensor, original_sizes: Sequence[tuple[int, int]]
+    ) -> list[MaskGallery]:
+        """The galleries of photos that are already encoded.
+
+        Args:
+            embeddings: float (B, D, e, e) from the image encoder of this SAM.
+            original_sizes: (H, W) of each photo before it was resized.
+
+        Raises:
+            ConfigError: shapes do not fit the model, values are not finite, or crops are asked for (their embeddings
+                need the pixels).
+        """
+        if self.crop_n_layers:
+            raise ConfigError("crop_n_layers must be 0 to work from embeddings: crops are encoded from the photo.")
+        prompt = self.sam.prompt_encoder
+        shape = (len(original_sizes), prompt.embed_dim, *prompt.image_embedding_size)
+        if not isinstance(embeddings, Tensor) or tuple(embeddings.shape) != shape:
+            found = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise ConfigError(f"embeddings of {shape[0]} images must be a tensor of shape {shape}, got {found}.")
+        if not embeddings.is_floating_point() or not bool(embeddings.isfinite().all()):
+            raise ConfigError("embeddings must be finite floating-point numbers.")
+        galleries = []
+        for embedding, size in zip(embeddings.to(self.sam.device, torch.float32), original_sizes, strict=True):
+            if len(size) != 2 or any(not isinstance(n, Integral) or n < 1 for n in size):
+                raise ConfigError(f"original_sizes must be pairs (H, W) of positive integers, got {size!r}.")
+            h, w = (int(n) for n in size)
+            input_size = self.transform.get_preprocess_shape(h, w, self.transform.target_length)
+            frame = Frame(self.transform.target_length, input_size, (0, 0, w, h), (h, w))
+            galleries.append(self._finish([self._crop_gallery(embedding.unsqueeze(0), frame, layer=0)]))
+        return galleries
+
+    def _generate(self, image: np.ndarray) -> MaskGallery:
+        image_size = image.shape[:2]
+        crops = []
+        for x0, y0, x1, y1, layer in crop_boxes(image_size, self.crop_n_layers, self.crop_overlap_ratio):
+            embedding, input_size = self._decoder.encode(image[y0:y1, x0:x1], self.transform)
+            frame = Frame(self.transform.target_length, input_size, (x0, y0, x1, y1), image_size)
+            crops.append(self._crop_gallery(embedding, frame, layer))
+        return self._finish(crops)
+
+    def _crop_gallery(self, embedding: Tensor, frame: Frame, layer: int) -> MaskGallery:
+        h, w = frame.crop_size
+        points = self.point_grids[layer] * np.array([[w, h]])
+        coords = self.transform.apply_coords(points, (h, w))
+        device = embedding.device
+        points, coords = torch.from_numpy(points).to(device), torch.from_numpy(coords).to(device)
+        measured = [self._measure(batch, frame) for batch in self._batches(embedding, points, coords)]
+        if not measured:
+            return MaskGallery.empty(frame.image_size, device)
+        found = _Measured(*(torch.cat(column) for column in zip(*measured, strict=True)))
+        found = found.select(nms(found.boxes, found.iou, self.box_nms_thresh))
+        return self._write(found, frame)
+
+    def _batches(self, embedding: Tensor, points: Tensor, coords: Tensor) -> Iterator[_Candidates]:
+        parts: list[_Candidates] = []
+        prompts = 0
+        for index, low_res, iou in self._decoder(embedding, coords):
+            low_res, iou = low_res.flatten(0, 1), iou.flatten()
+            keep = iou > self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else torch.ones_like(iou, dtype=torch.bool)
+            where = points[index].repeat_interleave(low_res.shape[0] // len(index), dim=0)
+            parts.append(_Candidates(low_res[keep], iou[keep], where[keep]))
+            prompts += len(index)
+            if prompts >= self.points_per_batch:
+                yield _Candidates(*(torch.cat(column) for column in zip(*parts, strict=True)))
+                parts, prompts = [], 0
+        if parts:
+            yield _Candidates(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _measure(self, batch: _Candidates, frame: Frame) -> _Measured:
+        index, stability, boxes = measure_masks(
+            batch.low_res, frame, self.sam.mask_threshold, self.stability_score_offset, self.stability_score_thresh
+        )
+        return _Measured(*(x[index] for x in batch), stability, boxes)
+
+    def _write(self, found: _Measured, frame: Frame) -> MaskGallery:
+        h, w = frame.image_size
+        x0, y0, x1, y1 = frame.crop_box
+        device = found.iou.device
+        packed = torch.zeros(len(found.iou), h, -(-w // 64), dtype=torch.int64, device=device)
+        areas = torch.zeros(len(found.iou), dtype=torch.int64, device=device)
+        for part, logits in upsample_chunks(found.low_res, frame):
+            masks = torch.zeros(len(logits), h, w, dtype=torch.bool, device=device)
+            masks[:, y0:y1, x0:x1] = logits > self.sam.mask_threshold
+            packed[part] = pack_masks(masks)
+            areas[part] = masks.sum(dim=(1, 2))
+        return MaskGallery(
+            size=frame.image_size,
+            masks=packed,
+            boxes=found.boxes + found.boxes.new_tensor([x0, y0, x0, y0]),
+            areas=areas,
+            predicted_iou=found.iou,
+            stability=found.stability,
+            points=found.points + found.points.new_tensor([x0, y0]),
+            crop_boxes=torch.tensor([[x0, y0, x1, y1]], device=device).expand(len(found.iou), 4),
+        )
+
+    def _finish(self, crops: list[MaskGallery]) -> MaskGallery:
+        gallery = MaskGallery.cat(crops)
+        if len(crops) > 1:
+            # smaller crops first
+            x0, y0, x1, y1 = gallery.crop_boxes.unbind(1)
+            gallery = gallery.select(nms(gallery.boxes, 1 / ((x1 - x0) * (y1 - y0)), self.crop_nms_thresh))
+        if self.min_mask_region_area > 0:
+            gallery = self._clean(gallery)
+        return gallery
+
+    def _clean(self, gallery: MaskGallery) -> MaskGallery:
+        """Removes small regions; masks that had any give way to equal ones that had none."""
+        packed, boxes, areas, changed = [], [], [], []
+        for i in range(len(gallery)):
+            mask = gallery.select([i]).dense()[0].cpu().numpy()
+            mask, filled = remove_small_regions(mask, self.min_mask_region_area, "holes")
+            mask, removed = remove_small_regions(mask, self.min_mask_region_area, "islands")
+            mask = torch.from_numpy(mask).unsqueeze(0)
+            packed.append(pack_masks(mask))
+            boxes.append(boxes_of_masks(mask))
+            areas.append(mask.sum(dim=(1, 2)))
+            changed.append(filled or removed)
+        if not changed:
+            return gallery
+        device = gallery.device
+        packed, boxes, areas = (torch.cat(parts).to(device) for parts in (packed, boxes, areas))
+        changed = torch.tensor(changed, device=device)
+        keep = nms(boxes, (~changed).float(), max(self.box_nms_thresh, self.crop_nms_thresh))
+        cleaned = MaskGallery(
+            size=gallery.size,
+            masks=packed,
+            boxes=torch.where(changed[:, None], boxes, gallery.boxes),
+            areas=areas,
+            predicted_iou=gallery.predicted_iou,
+            stability=gallery.stability,
+            points=gallery.points,
+            crop_boxes=gallery.crop_boxes,
+        )
+        return cleaned.select(keep)
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return int(value)
+
+
+def _real(name: str, value: object, least: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < least:
+        wanted = "a finite number" if least == -math.inf else f"a finite number of at least {least}"
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+    return float(value)
+
+
+def _dtype(dtype: object) -> torch.dtype:
+    dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in _DTYPES.values():
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    return dtype
+
+
+def _point_grids(
+    points_per_side: int | None, point_grids: Sequence[np.ndarray] | None, n_layers: int, factor: int
+) -> list[np.ndarray]:
+    if (points_per_side is None) == (point_grids is None):
+        raise ConfigError("Exactly one of points_per_side and point_grids must be given; set the other to None.")
+    if point_grids is None:
+        sides = [int(_integer("points_per_side", points_per_side, 1) / factor**i) for i in range(n_layers + 1)]
+        if sides[-1] < 1:
+            raise ConfigError(
+                f"crop_n_points_downscale_factor {factor} leaves no points in crop layer {n_layers} "
+                f"of a grid with {points_per_side} points_per_side."
+            )
+        return [point_grid(n) for n in sides]
+    grids = [np.asarray(grid) for grid in point_grids]
+    if len(grids) <= n_layers:
+        raise ConfigError(f"point_grids must have one grid for each of the {n_layers + 1} layers, got {len(grids)}.")
+    for grid in grids:
+        if grid.ndim != 2 or grid.shape[1] != 2 or grid.dtype.kind not in "biuf":
+            raise ConfigError(f"point_grids must be numeric arrays of shape (n, 2), got {grid.dtype} {grid.shape}.")
+        if not ((grid >= 0) & (grid <= 1)).all():
+            raise ConfigError("point_grids must hold coordinates in [0, 1].")
+    return [grid.astype(np.float64) for grid in grids]
