@@ -3,7 +3,9 @@
 import ast
 import importlib.metadata
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,24 @@ def test_native_modules_link_no_torch(distribution):
         image = Path(module.__file__).read_bytes()
         assert b"libtorch" not in image and b"libc10" not in image
         assert b"libcudart.so" not in image
+
+
+def test_newer_instructions_stay_in_their_own_functions(distribution):
+    objdump = shutil.which("objdump")
+    if objdump is None or platform.machine() != "x86_64":
+        pytest.skip("needs objdump and an x86-64 build")
+    listing = subprocess.run(
+        [objdump, "-d", "--no-show-raw-insn", _native._cpu.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    users = {"ymm": set(), "zmm": set(), "vpopcntq": set()}
+    for function in re.split(r"^[0-9a-f]+ <", listing, flags=re.MULTILINE)[1:]:
+        name = function.partition(">")[0]
+        for word, functions in users.items():
+            if word in function:
+                functions.add(name)
+    assert users["vpopcntq"] and users["ymm"]
+    assert all("avx512" in name for name in users["zmm"] | users["vpopcntq"])
+    assert all("avx2" in name or "avx512" in name for name in users["ymm"])
 
 
 def test_cuda_without_a_gpu_says_so():
