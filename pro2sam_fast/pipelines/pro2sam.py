@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..boxes import largest_component, otsu_union
+from ..boxes import tight_box
 from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
 from ..generator import MaskGenerator
 from ..io import MAX_PIXELS, Source, iter_sources
 from ..results import Localization
-from .matching import match
+from .matching import MatchResult, match
 
 __all__ = ["CoarseModel", "Localizer", "resolve_device"]
 
@@ -193,8 +193,7 @@ class Localizer:
     def _match(self, image: np.ndarray, gallery, coarse: Tensor) -> Localization:
         height, width = image.shape[:2]
         found = match(gallery, coarse, **self.matching)
-        box = self._box_of(found.mask)
-        mask = np.asarray(found.mask, bool)
+        box, mask = self._box_of(found), found.mask
         if mask.shape != (height, width):
             box = box * np.array([width / mask.shape[1], height / mask.shape[0]] * 2)
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
@@ -212,19 +211,13 @@ class Localizer:
             source=found.source,
         )
 
-    def _box_of(self, mask: np.ndarray) -> np.ndarray:
-        """bool (H, W) -> float64 (4,), half-open."""
-        if self.box == "largest":
-            mask = largest_component(mask)
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        if not rows.size:
-            return np.array([0, 0, mask.shape[1], mask.shape[0]], np.float64)
-        tight = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
-        if self.box == "largest":
-            return tight
-        box = np.asarray(otsu_union(mask, min_region=self.min_region_box), np.float64)
-        fell_back = np.array_equal(box, [0, 0, mask.shape[1], mask.shape[0]])  # or all of the frame is mask: tight too
-        return tight if fell_back else box
+    def _box_of(self, found: MatchResult) -> np.ndarray:
+        """float64 (4,), half-open, in pixels of the mask."""
+        height, width = found.mask.shape
+        box = found.box(self.box, self.min_region_box)
+        if box == (0, 0, width, height):  # perhaps only because every region is too small
+            box = tight_box(found.mask) or box
+        return np.asarray(box, np.float64)
 
     def _stream(
         self, sources: Iterator[Source], batch_size: int | str, on_error: str, stream: bool
