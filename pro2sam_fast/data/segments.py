@@ -101,7 +101,8 @@ def foreground(photos: Path, masks: Path, long_side: int = 512) -> Iterable[Segm
     """Every PNG alpha mask below ``masks`` with the photo of the same relative name below ``photos``."""
     for png in sorted(masks.rglob("*.png")):
         stem = photos / png.relative_to(masks).with_suffix("")
-        path = next((p for s in (".jpg", ".JPEG", ".jpeg", ".png") if (p := stem.with_name(stem.name + s)).exists()), None)
+        candidates = (stem.with_name(stem.name + suffix) for suffix in (".jpg", ".JPEG", ".jpeg", ".png"))
+        path = next((p for p in candidates if p.exists()), None)
         if path is None:
             raise DataError(f"{png}: no photo {stem}.jpg|.JPEG|.jpeg|.png for this mask.")
         image = _shrink(_open(path).convert("RGB"), long_side)

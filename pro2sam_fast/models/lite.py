@@ -1,0 +1,174 @@
+"""The bundled `lite` models: GTFormer-lite, SAM-lite and the ImageNet label head over one EfficientNet-Lite0 trunk."""
+
+from __future__ import annotations
+
+import json
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .checkpoints import load_into, load_state_dict
+from ..errors import CheckpointError
+from .gtformer import GRID, GTFormer
+from .sam import Sam
+from .sam.layers import LayerNorm2d
+from .sam.lite import make_sam_lite
+from .sam.lite import make_sam_lite
+from .trunk import FEATURE_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite0
+
+WEIGHTS = Path(__file__).parent.parent / "weights" / "lite.safetensors"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+GTFORMER_LITE = {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0, "drop_path": 0.05}
+
+
+class Renormalise(nn.Module):
+    """From ImageNet's mean and standard deviation to the trunk's (x - 127) / 128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        trunk_mean, trunk_std = (torch.tensor(v).reshape(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+        self.register_buffer("gain", 255 * std / trunk_std, persistent=False)
+        self.register_buffer("offset", (255 * mean - trunk_mean) / trunk_std, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain + self.offset
+
+
+class LabelHead(nn.Module):
+    """The trunk as a classifier: (B, 3, 224, 224) with ImageNet normalisation -> logits (B, C)."""
+
+    def __init__(self, trunk: EfficientNetLite0) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.renormalise = Renormalise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(self.renormalise(x))
+
+
+class HybridEmbed(nn.Module):
+    """Patch tokens from the trunk's strides 16 and 32: (B, 3, 224, 224) -> (B, 196, D).
+
+    The image arrives with GTFormer's normalisation (ImageNet mean and standard deviation).
+    """
+
+    def __init__(self, dim: int, trunk: EfficientNetLite0) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.norms = nn.ModuleList(LayerNorm2d(c) for c in FEATURE_CHANNELS[2:])
+        self.proj = nn.Conv2d(sum(FEATURE_CHANNELS[2:]), dim, 1)
+        self.renormalise = Renormalise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embed(self.features(x))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Frozen part: stride-16 (B, 112, 14, 14) and stride-32 (B, 320, 7, 7) features."""
+        return self.trunk.features(self.renormalise(x))[2:]
+
+    def embed(self, features: list[Tensor]) -> Tensor:
+        """Trained part: features -> tokens (B, 196, D)."""
+        a, b = (norm(f) for norm, f in zip(self.norms, features, strict=True))
+        b = F.interpolate(b, size=(GRID, GRID), mode="bilinear", align_corners=False)
+        return self.proj(torch.cat([a, b], dim=1)).flatten(2).transpose(1, 2)
+
+
+def make_gtformer_lite(num_classes: int, trunk: EfficientNetLite0) -> GTFormer:
+    """The architecture with random weights; the trunk is shared, not copied."""
+    embed = HybridEmbed(GTFORMER_LITE["embed_dim"], trunk)
+    return GTFormer(patch_embed=embed, num_classes=num_classes, **GTFORMER_LITE)
+
+
+@dataclass
+class LiteModel:
+    """The bundled models, ready for a `Localizer`.
+
+    coarse: GTFormer-lite. sam: SAM-lite. classifier: the trunk with its ImageNet-1k head. coarse and classifier take
+    the photo at 224 x 224 with ImageNet normalisation. All three share the trunk's weights. class_names: of the classifier. coarse_class_names: of the coarse
+    model's own logits. defaults: options of the generator, the matching and the localizer that suit these weights.
+    card: how the weights came about.
+    """
+
+    coarse: GTFormer
+    sam: Sam
+    classifier: LabelHead
+    class_names: list[str]
+    coarse_class_names: list[str]
+    defaults: dict
+    card: dict
+
+
+def save_lite(path: str | Path, model: LiteModel) -> None:
+    """Writes one safetensors file: float16 weights (normalisation statistics stay float32), the rest as metadata."""
+    parts = {"trunk": model.classifier.trunk, "gtformer": model.coarse, "sam": model.sam}
+    tensors = {
+        f"{part}.{name}": value.contiguous() if _keeps_float32(name) else value.half().contiguous()
+        for part, module in parts.items()
+        for name, value in module.state_dict().items()
+        if not _is_shared(part, name)
+    }
+    metadata = {
+        name: json.dumps(getattr(model, name)) for name in ("class_names", "coarse_class_names", "defaults", "card")
+    }
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def load_lite(source: str | Path | None = None) -> LiteModel:
+    """The bundled models, or those of a `lite.safetensors` file or of a folder that holds one; float32, evaluation mode.
+
+    Raises:
+        CheckpointError: the file is missing, corrupt or made for another architecture.
+    """
+    path = WEIGHTS if source is None else Path(source)
+    path = path / WEIGHTS.name if path.is_dir() else path
+    tensors = load_state_dict(path)
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k != "format"}
+        class_names, coarse_class_names = metadata["class_names"], metadata["coarse_class_names"]
+        defaults, card = metadata["defaults"], metadata["card"]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"Checkpoint {path} has no lite metadata; use a file that lite training wrote.") from error
+    trunk = EfficientNetLite0(len(class_names))
+    coarse = make_gtformer_lite(len(coarse_class_names), trunk)
+    sam = make_sam_lite(trunk)
+    for part, module in (("trunk", trunk), ("gtformer", coarse), ("sam", sam)):
+        state = {name: value for name, value in module.state_dict().items() if _is_shared(part, name)}
+        state |= {k.removeprefix(f"{part}."): v.float() for k, v in tensors.items() if k.startswith(f"{part}.")}
+        load_into(module, state, path)
+    return LiteModel(coarse.eval(), sam.eval(), LabelHead(trunk).eval(), class_names, coarse_class_names, defaults, card)
+
+
+def load_sam_lite(source: str | Path | None = None) -> Sam:
+    """SAM-lite alone: as `load_lite`, or from a `.pth` or `.safetensors` file with SAM's own names."""
+    if source is None or Path(source).is_dir():
+        return load_lite(source).sam
+    tensors = load_state_dict(source)
+    if any(name.startswith("sam.") for name in tensors):
+        return load_lite(source).sam
+    sam = make_sam_lite()
+    load_into(sam, tensors, source)
+    return sam
+
+
+def _is_shared(part: str, name: str) -> bool:
+    return (part, name.split(".trunk.")[0]) in (("gtformer", "patch_embed"), ("sam", "image_encoder")) and (
+        ".trunk." in name
+    )
+
+
+def _keeps_float32(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
