@@ -98,9 +98,7 @@ def _shrink4(masks: np.ndarray) -> np.ndarray:
     return masks.reshape(*lead, h // 4, 4, w // 4, 4).mean((-3, -1), dtype=np.float32)
 
 
-def augment(
-    photo: SegmentedPhoto, size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def augment(photo: SegmentedPhoto, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random crop, scale, flip and colour -> uint8 (S, S, 3), uint8 (A, S, S), bool (S, S), padded right and bottom."""
     h, w = photo.image.shape[:2]
     x0, y0, cw, ch = 0, 0, w, h

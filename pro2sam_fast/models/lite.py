@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .checkpoints import load_into, load_state_dict
-from ..errors import CheckpointError
 from .gtformer import GRID, GTFormer
 from .sam import Sam
 from .sam.layers import LayerNorm2d
-from .sam.lite import make_sam_lite
 from .sam.lite import make_sam_lite
 from .trunk import FEATURE_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite0
 
@@ -94,7 +91,8 @@ class LiteModel:
     """The bundled models, ready for a `Localizer`.
 
     coarse: GTFormer-lite. sam: SAM-lite. classifier: the trunk with its ImageNet-1k head. coarse and classifier take
-    the photo at 224 x 224 with ImageNet normalisation. All three share the trunk's weights. class_names: of the classifier. coarse_class_names: of the coarse
+    the photo at 224 x 224 with ImageNet normalisation. All three share the trunk's weights.
+    class_names: of the classifier. coarse_class_names: of the coarse
     model's own logits. defaults: options of the generator, the matching and the localizer that suit these weights.
     card: how the weights came about.
     """
@@ -127,7 +125,7 @@ def save_lite(path: str | Path, model: LiteModel) -> None:
 
 
 def load_lite(source: str | Path | None = None) -> LiteModel:
-    """The bundled models, or those of a `lite.safetensors` file or of a folder that holds one; float32, evaluation mode.
+    """The bundled models, or those of a `lite.safetensors` file or a folder that holds one; float32, evaluation mode.
 
     Raises:
         CheckpointError: the file is missing, corrupt or made for another architecture.
@@ -141,7 +139,9 @@ def load_lite(source: str | Path | None = None) -> LiteModel:
         class_names, coarse_class_names = metadata["class_names"], metadata["coarse_class_names"]
         defaults, card = metadata["defaults"], metadata["card"]
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"Checkpoint {path} has no lite metadata; use a file that lite training wrote.") from error
+        raise CheckpointError(
+            f"Checkpoint {path} has no lite metadata; use a file that lite training wrote."
+        ) from error
     trunk = EfficientNetLite0(len(class_names))
     coarse = make_gtformer_lite(len(coarse_class_names), trunk)
     sam = make_sam_lite(trunk)
@@ -149,7 +149,9 @@ def load_lite(source: str | Path | None = None) -> LiteModel:
         state = {name: value for name, value in module.state_dict().items() if _is_shared(part, name)}
         state |= {k.removeprefix(f"{part}."): v.float() for k, v in tensors.items() if k.startswith(f"{part}.")}
         load_into(module, state, path)
-    return LiteModel(coarse.eval(), sam.eval(), LabelHead(trunk).eval(), class_names, coarse_class_names, defaults, card)
+    return LiteModel(
+        coarse.eval(), sam.eval(), LabelHead(trunk).eval(), class_names, coarse_class_names, defaults, card
+    )
 
 
 def load_sam_lite(source: str | Path | None = None) -> Sam:
