@@ -146,13 +146,16 @@ class QueryEmbed(nn.Module):
         small = small.reshape(x.shape[0], 3, PATCH_SIZE, r, PATCH_SIZE, r)  # b c u dy v dx
         return small.permute(0, 5, 3, 1, 2, 4).reshape(x.shape[0], r * r, PATCH_VALUES)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, 3, 224, 224) -> tokens (B, G, D)."""
+    def project(self, phases: Tensor) -> Tensor:
+        """Flattened phases (B, G, 768) -> tokens (B, G, D)."""
         weight, bias = self.weight, self.bias
         if len(self.slots) != weight.shape[0]:
             weight, bias = weight[self.slots], bias[self.slots]
-        tokens = torch.matmul(self.phases(x).transpose(0, 1), weight.transpose(1, 2))  # (G, B, D)
-        return tokens.transpose(0, 1) + bias
+        return torch.matmul(phases.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1) + bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, 3, 224, 224) -> tokens (B, G, D)."""
+        return self.project(self.phases(x))
 
 
 class Attention(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from collections.abc import Mapping
@@ -65,7 +66,9 @@ def _read_file(path: str) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # training programs store their options next to the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile or damaged file can fail anywhere inside the reader
         reason = "is damaged or holds objects other than tensors and plain values"
         if isinstance(error, OSError):

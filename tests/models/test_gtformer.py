@@ -1,5 +1,6 @@
 """GTFormer and SAT against formulas written out here, on the official names of the released checkpoints."""
 
+import argparse
 import functools
 import math
 import zipfile
@@ -542,7 +543,7 @@ class TestDeit:
     @pytest.mark.parametrize("preset", ["default", "sat"])
     def test_trunk_is_copied_and_the_rest_kept(self, preset, tmp_path):
         path = tmp_path / "deit.pth"
-        torch.save({"model": self.deit()}, path)
+        torch.save({"model": self.deit(), "args": argparse.Namespace(lr=1e-4), "epoch": 299}, path)
         torch.manual_seed(3)
         model = build_gtformer("deit_tiny", 5, preset, pretrained=path)
         torch.manual_seed(3)
