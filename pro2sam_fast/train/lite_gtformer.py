@@ -20,9 +20,9 @@ from .losses import LossConfig, localization_loss
 
 @dataclass
 class GTFormerLiteConfig:
-    """views: cached views a photo (the first is the plain 224 x 224 resize)."""
+    """views: cached views a photo for each source (the first is the plain 224 x 224 resize)."""
 
-    views: int = 4
+    views: tuple[int, ...] = (8, 3, 3)
     steps: int = 1500
     batch: int = 128
     lr: float = 1e-3

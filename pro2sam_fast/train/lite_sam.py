@@ -137,6 +137,12 @@ def mask_losses(logits: Tensor, iou: Tensor, batch: PromptBatch) -> dict[str, Te
     }
 
 
+def _ignore_signals(_: int) -> None:
+    # a signal to the whole group must not kill the loader before the trainer has saved
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+
+
 def learning_rate(step: int, config: SamLiteConfig) -> float:
     """Linear warm-up, then cosine to ``final_lr``."""
     if step < config.warmup:
@@ -198,6 +204,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_signals,
     )
     log = (run / "log.csv").open("a", newline="")
     writer = csv.writer(log)
