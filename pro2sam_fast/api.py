@@ -14,12 +14,13 @@ from torch import nn
 from .errors import ConfigError
 from .generator import MaskGenerator
 from .models.gtformer import load_official
+from .models.sam import Sam
 from .models.sam.build import build_sam, sam_model_registry
 from .pipelines.matching import match
-from .pipelines.pro2sam import CoarseModel, Localizer
+from .pipelines.pro2sam import Localizer, PhotoNet
 from .results import Localization
 
-__all__ = ["load", "localize", "option_names"]
+__all__ = ["load", "load_sam", "localize", "option_names"]
 
 
 def localize(
@@ -69,13 +70,13 @@ def load(
 ) -> Localizer:
     """Load a localizer: a named model, or any pair of coarse localizer and SAM.
 
-    name_or_dir: "lite", or a folder with lite weights (what `pro2sam-fast train lite` writes). It gives what isn't
-    named below.
+    name_or_dir: "lite", or a folder (or file) with lite weights of your own. It gives what isn't named below.
     coarse: a GTFormer or other module, an object with `prepare` and `__call__` (see `Localizer`), or the path of an
         official GTFormer or SAT checkpoint.
     sam: a `Sam`, or "vit_b", "vit_l", "vit_h" with `sam_checkpoint`, or "lite".
     sam_checkpoint: path of the weights for `sam`, or "official" to download them.
-    classifier: gives the label instead of the coarse model's own logits. class_names: the names of its classes.
+    classifier: gives the label, see `Localizer`; "coarse" for the coarse model's own logits. By default the ImageNet
+        classifier of "lite", or with another `coarse` its own logits. class_names: the names of the classes.
     options: arguments of `MaskGenerator` (points_per_side, pred_iou_thresh, ...), of `match` (prompt_threshold,
         match_resolution, ...) and of `Localizer` (sam_input, box, candidates, max_pixels, ...) by their names.
 
@@ -84,30 +85,45 @@ def load(
     >>> load("lite")
     >>> load(coarse="gtformer_cub.pth", sam="vit_h", sam_checkpoint="sam_vit_h_4b8939.pth", sam_input=224)
     """
-    groups = _sort_options(options)
-    lite = None
-    if coarse is None or (sam is None and sam_checkpoint is None):
-        lite = _load_lite(name_or_dir)
-        groups = _with_defaults(groups, lite.defaults)
-    elif os.fspath(name_or_dir) != "lite":
+    chosen = _sort_options(options)
+    groups: dict[str, dict[str, Any]] = {group: {} for group in chosen}
+    own_sam = sam_checkpoint is not None or isinstance(sam, nn.Module) or sam not in (None, "lite")
+    if coarse is not None and own_sam and os.fspath(name_or_dir) != "lite":
         raise ConfigError("give a model name or folder, or both coarse and sam, not all three")
+    if own_sam:
+        sam = _resolve_sam(sam, sam_checkpoint)
+    lite = None if coarse is not None and own_sam else _load_lite(name_or_dir)
+    if not own_sam:
+        sam, groups["generator"] = lite.sam, _sort_options(lite.defaults)["generator"]
     if coarse is None:
-        coarse = lite.coarse
-        if classifier is None and class_names is None:
-            classifier, class_names = lite.classifier, lite.class_names
+        defaults = _sort_options(lite.defaults)
+        coarse, groups["matching"], groups["localizer"] = lite.coarse, defaults["matching"], defaults["localizer"]
+        if classifier is None:
+            classifier = lite.classifier
+            class_names = lite.class_names if class_names is None else class_names
+        elif isinstance(classifier, str) and classifier == "coarse" and class_names is None:
+            class_names = lite.coarse_class_names
     elif isinstance(coarse, (str, os.PathLike)):
-        coarse = CoarseModel(load_official(coarse))
-    sam = lite.sam if sam is None and sam_checkpoint is None else _resolve_sam(sam, sam_checkpoint)
+        coarse = PhotoNet(load_official(coarse))
+    groups = {group: {**groups[group], **chosen[group]} for group in groups}
     return Localizer(
         coarse,
         sam,
-        classifier=classifier,
+        classifier=None if isinstance(classifier, str) and classifier == "coarse" else classifier,
         class_names=class_names,
         generator=groups["generator"],
         matching=groups["matching"],
         device=device,
         **groups["localizer"],
     )
+
+
+def load_sam(sam: str | None = None, checkpoint: str | os.PathLike | None = None) -> tuple[Sam, dict[str, Any]]:
+    """A SAM by name, the bundled one by default, and the options of `MaskGenerator` that suit it."""
+    if checkpoint is None and sam in (None, "lite"):
+        lite = _load_lite("lite")
+        return lite.sam, _sort_options(lite.defaults)["generator"]
+    return _resolve_sam(sam, checkpoint), {}
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,9 +138,9 @@ def _load_lite(name_or_dir: str | os.PathLike):
     name = os.fspath(name_or_dir)
     if name == "lite":
         return load_lite()
-    if os.path.isdir(name):
+    if os.path.exists(name):
         return load_lite(name)
-    raise ConfigError(f"unknown model '{name}': use 'lite', or the path of a model folder")
+    raise ConfigError(f"unknown model '{name}': use 'lite', or the path of a folder or file with lite weights")
 
 
 def _resolve_sam(sam: str | nn.Module | None, checkpoint: str | os.PathLike | None) -> nn.Module:
@@ -166,9 +182,3 @@ def _sort_options(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"unknown option '{option}': {hint}")
         groups[group][option] = value
     return groups
-
-
-def _with_defaults(groups: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The model's own defaults below what the caller asked for."""
-    below = _sort_options(defaults)
-    return {group: {**below[group], **chosen} for group, chosen in groups.items()}

@@ -3,10 +3,11 @@ gallery."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,21 @@ from torch import Tensor, nn
 
 from ..boxes import tight_box
 from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
+from ..gallery import MaskGallery
 from ..generator import MaskGenerator
 from ..io import MAX_PIXELS, Source, iter_sources
 from ..results import Localization
-from .matching import MatchResult, match
+from .matching import MatchResult, NoMaskError, match
 
-__all__ = ["CoarseModel", "Localizer", "resolve_device"]
+__all__ = ["Localizer", "PhotoNet", "resolve_device"]
 
 BOX_RULES = ("otsu_union", "largest")
 _AUTO_BATCH = {"cpu": 4, "cuda": 16}
 _AUTO_PIXELS = {"cpu": 8_000_000, "cuda": 32_000_000}  # a batch holds no more than this, or one photo
 
 
-class CoarseModel:
-    """A network on resized photos as the localizer's coarse stage: preparation and call in one object.
+class PhotoNet:
+    """A network on resized photos, as the localizer's coarse stage or its classifier.
 
     model: maps a normalised (B, 3, size, size) batch to `{"map": (B, h, w), "logits": (B, C), ...}`, for instance
     GTFormer. Where it has `coarse_map(x) -> (B, h, w)` and logits aren't wanted, that is called instead.
@@ -47,10 +49,11 @@ class CoarseModel:
     ):
         self.model = model.eval()
         self.size = size
+        self.input_format = (size, tuple(mean), tuple(std))
         self._mean = np.asarray(mean, np.float32)
         self._std = np.asarray(std, np.float32)
 
-    def to(self, device: torch.device | str) -> CoarseModel:
+    def to(self, device: torch.device | str) -> PhotoNet:
         self.model.to(device)
         return self
 
@@ -71,7 +74,7 @@ class Localizer:
     """The whole pipeline, ready to run on photos.
 
     coarse: gives the coarse map: an object with `prepare(rgb uint8 (H, W, 3)) -> tensor` and `__call__(batch) ->
-        {"map": (B, h, w) in 0..1, "logits": (B, C) if it classifies}`, or a module that `CoarseModel` can wrap
+        {"map": (B, h, w) in 0..1, "logits": (B, C) if it classifies}`, or a module that `PhotoNet` can wrap
         (GTFormer).
     sam: a `Sam`, whose mask gallery is matched against the map.
     classifier: gives the label: like `coarse`, its call returning `{"logits": (B, C)}` or the logits themselves. By
@@ -86,7 +89,8 @@ class Localizer:
     max_pixels: limit for reading files, None for no limit.
     device: "auto" (CUDA where it works, else CPU), or what torch.device takes.
 
-    Results don't depend on the batch size. Calling is safe from one thread at a time.
+    On the CPU results don't depend on the batch size; a GPU may round coarse maps differently. Calling is safe from one
+    thread at a time.
     """
 
     def __init__(
@@ -117,9 +121,13 @@ class Localizer:
         self.device = resolve_device(device)
         self.coarse = _on_device(_as_stage(coarse, "coarse"), self.device)
         self.classifier = None if classifier is None else _on_device(_as_stage(classifier, "classifier"), self.device)
+        if not isinstance(sam, nn.Module):
+            raise ConfigError(f"sam must be a model from build_sam, not {type(sam).__name__}")
         self.sam = sam.to(self.device).eval()
-        self.generator = MaskGenerator(self.sam, **(generator or {}))
-        self.matching = dict(matching or {})
+        self.generator = MaskGenerator(self.sam, **_known(generator, MaskGenerator.__init__))
+        self.matching = _known(matching, match)
+        with suppress(NoMaskError):  # check the values now, not at the first photo
+            match(MaskGallery.empty((1, 1)), torch.zeros(1, 1), **self.matching)
         self.class_names = None if class_names is None else tuple(class_names)
         self.sam_input, self.box, self.min_region_box = sam_input, box, min_region_box
         self.candidates, self.max_pixels = candidates, max_pixels
@@ -173,13 +181,19 @@ class Localizer:
 
     def _coarse(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
         """Maps (B, h, w) and logits (B, C) or None."""
+        size = 1 if self.device.type == "cpu" else len(images)  # matrix products of another size round differently
+        parts = [self._coarse_pass(images[start : start + size]) for start in range(0, len(images), size)]
+        maps, logits = zip(*parts, strict=True)
+        return torch.cat(maps), None if logits[0] is None else torch.cat(logits)
+
+    def _coarse_pass(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
         batch = torch.stack([self.coarse.prepare(image) for image in images]).to(self.device)
         if self.classifier is None:
             output = self.coarse(batch)
             return output["map"], output.get("logits")
-        wants_map_only = isinstance(self.coarse, CoarseModel)
+        wants_map_only = isinstance(self.coarse, PhotoNet)
         output = self.coarse(batch, logits=False) if wants_map_only else self.coarse(batch)
-        if self.classifier.prepare != self.coarse.prepare:
+        if not _same_input(self.classifier, self.coarse):
             batch = torch.stack([self.classifier.prepare(image) for image in images]).to(self.device)
         logits = self.classifier(batch)
         return output["map"], logits["logits"] if isinstance(logits, Mapping) else logits
@@ -190,7 +204,7 @@ class Localizer:
         size = (self.sam_input, self.sam_input)
         return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
 
-    def _match(self, image: np.ndarray, gallery, coarse: Tensor) -> Localization:
+    def _match(self, image: np.ndarray, gallery: MaskGallery, coarse: Tensor) -> Localization:
         height, width = image.shape[:2]
         found = match(gallery, coarse, **self.matching)
         box, mask = self._box_of(found), found.mask
@@ -333,6 +347,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return device
 
 
+def _known(options: Mapping[str, Any] | None, function: Callable) -> dict[str, Any]:
+    options = dict(options or {})
+    if unknown := options.keys() - inspect.signature(function).parameters.keys():
+        raise ConfigError(f"unknown option {', '.join(sorted(unknown))} for {function.__qualname__.split('.')[0]}")
+    return options
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
@@ -341,8 +362,15 @@ def _as_stage(stage: Any, role: str) -> Any:
     if hasattr(stage, "prepare") and callable(stage):
         return stage
     if isinstance(stage, nn.Module):
-        return CoarseModel(stage)
+        return PhotoNet(stage)
     raise ConfigError(f"{role} must be a module or have prepare(rgb) and __call__(batch), not {type(stage).__name__}")
+
+
+def _same_input(a: Any, b: Any) -> bool:
+    """Whether two stages prepare photos alike."""
+    if isinstance(a, PhotoNet) and isinstance(b, PhotoNet):
+        return a.input_format == b.input_format
+    return a.prepare == b.prepare
 
 
 def _on_device(stage: Any, device: torch.device) -> Any:
