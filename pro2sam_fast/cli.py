@@ -189,7 +189,12 @@ def _yes_no() -> ActionYesNo:
 def _add_run_options(parser: ArgumentParser) -> None:
     parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file with options by name")
     parser.add_argument(
-        "source", type=str, nargs="*", metavar="SOURCE", help="photo, folder (searched recursively) or quoted glob"
+        "source",
+        type=str,
+        nargs="*",
+        default=argparse.SUPPRESS,  # without this no SOURCE would wipe out the config file's
+        metavar="SOURCE",
+        help="photo, folder (searched recursively) or quoted glob",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--output", type=str | None, metavar="DIR", help="folder for the results, made if missing")
@@ -335,7 +340,7 @@ def _expand(arguments: Namespace) -> list[Source]:
 
     Files that searching finds below the folders this program writes are its own outputs and left out.
     """
-    if not arguments.source:
+    if not arguments.get("source"):
         raise ConfigError("give at least one SOURCE: a photo, a folder or a quoted glob")
     if not arguments.output:
         raise ConfigError("give a folder for the results with --output DIR")
