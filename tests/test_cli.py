@@ -268,7 +268,7 @@ def test_an_output_given_as_input_is_not_written_over(run, photos, tmp_path):
 # interrupts
 
 
-def many(folder, count=7):
+def many(folder, count=6):
     folder.mkdir()
     for index in range(count):
         Image.fromarray(toy.painted(color=list(toy.COLORS)[index % 3])).save(folder / f"{index}.png")
@@ -276,14 +276,10 @@ def many(folder, count=7):
     return folder
 
 
-OUTPUTS = ["--format", "coco,voc,yolo,labelstudio", "--masks"]
-
-
-@pytest.mark.parametrize("at", [1, 2, 5])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("at", "batch_size"), [(1, 1), (3, 1), (5, 3)])
 def test_interrupt_and_resume(run, tmp_path, monkeypatch, at, batch_size):
     photos = many(tmp_path / "many")
-    arguments = ["localize", photos, *OUTPUTS, "--batch-size", batch_size]
+    arguments = ["localize", photos, "--format", "coco,yolo", "--batch-size", batch_size]
     assert run(*arguments, out="whole") == 1
     count = 0
 
@@ -299,7 +295,7 @@ def test_interrupt_and_resume(run, tmp_path, monkeypatch, at, batch_size):
         assert run(*arguments) == 130
         assert "--resume" in run.stderr
     kept = (tmp_path / "out" / "localizations.jsonl").read_bytes()
-    assert len(kept.splitlines()) < 7
+    assert len(kept.splitlines()) < 6
     assert run(*arguments, "--resume") == 1
     assert (tmp_path / "out" / "localizations.jsonl").read_bytes().startswith(kept)
     assert stable(tmp_path / "out") == stable(tmp_path / "whole")
@@ -332,7 +328,7 @@ CHILD = """
     spec.loader.exec_module(toy)
     generate = toy.BrightRegions.generate
     def slow(self, images):
-        time.sleep(0.03)
+        time.sleep(0.2)
         return generate(self, images)
     toy.BrightRegions.generate = slow
     api.load = lambda *args, **options: toy.toy_localizer(candidates=0)
@@ -341,27 +337,21 @@ CHILD = """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
-def test_kill_at_random_moments_then_resume(run, tmp_path):
-    photos = many(tmp_path / "many", 12)
-    arguments = ["localize", str(photos), *OUTPUTS, "--batch-size", "1"]
+def test_kill_at_a_random_moment_then_resume(run, tmp_path):
+    photos = many(tmp_path / "many", 8)
+    arguments = ["localize", str(photos), "--format", "coco,voc", "--batch-size", "1"]
     assert run(*arguments, out="whole") == 1
     (tmp_path / "child.py").write_text(textwrap.dedent(CHILD.format(toy=str(Path(toy.__file__)))))
     log = tmp_path / "out" / "localizations.jsonl"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "child.py"), *arguments, "--output", str(tmp_path / "out"), "--resume"]
-    moments = random.Random(5)
-    for target in (1, 6):
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and child.poll() is None:
-            if log.exists() and log.read_bytes().count(b"\n") >= target:
-                break
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as child:
+        while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.08))
+        time.sleep(random.uniform(0, 0.3))
         child.kill()
         assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()
-        child.stderr.close()
-    assert 6 <= len(records_of_whole_lines(log)) < 12
+    assert 2 <= len(records_of_whole_lines(log)) < 8
     assert run(*arguments, "--resume") == 1
     assert stable(tmp_path / "out") == stable(tmp_path / "whole")
 
