@@ -21,7 +21,7 @@ from .prompt_encoder import PromptEncoder
 from .sam import Sam
 from .transformer import TwoWayTransformer
 
-__all__ = ["build_sam", "sam_model_registry", "to_segment_anything"]
+__all__ = ["build_sam", "build_vit_sam", "sam_model_registry", "to_segment_anything"]
 
 # Kirillov et al. 2023, appendix A
 _VIT = {
@@ -29,9 +29,6 @@ _VIT = {
     "vit_l": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "global_attn_indexes": (5, 11, 17, 23)},
     "vit_h": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "global_attn_indexes": (7, 15, 23, 31)},
 }
-_IMAGE_SIZE = 1024
-_PATCH_SIZE = 16
-_WIDTH = 256
 
 # The last part of each name is the start of the file's SHA-256.
 OFFICIAL_URLS = {
@@ -65,7 +62,7 @@ def build_sam(name: str, checkpoint: str | os.PathLike | None = None) -> Sam:
         path = _download_official(name) if checkpoint == "official" else Path(checkpoint)
         state_dict = load_state_dict(path)
         _check_size(name, state_dict, path)
-    sam = _build_vit(name)
+    sam = build_vit_sam(name=name, **_VIT[name])
     if state_dict is not None:
         load_into(sam, state_dict, path)
     return sam
@@ -75,21 +72,48 @@ sam_model_registry: dict[str, Callable[..., Sam]] = {name: partial(build_sam, na
 sam_model_registry["default"] = sam_model_registry["vit_h"]
 
 
-def _build_vit(name: str) -> Sam:
-    grid = _IMAGE_SIZE // _PATCH_SIZE
+def build_vit_sam(
+    *,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    global_attn_indexes: tuple[int, ...],
+    window_size: int = 14,
+    img_size: int = 1024,
+    patch_size: int = 16,
+    width: int = 256,
+    decoder_mlp_dim: int = 2048,
+    name: str = "custom",
+) -> Sam:
+    """A SAM with a ViT image encoder of any size and random weights, in evaluation mode.
+
+    Args:
+        embed_dim, depth, num_heads, global_attn_indexes, window_size, img_size, patch_size: of the image encoder.
+        width: D of prompt encoder and mask decoder, a multiple of 16.
+        decoder_mlp_dim: hidden width of the MLPs in the two-way transformer.
+        name: kept as ``Sam.name``.
+    """
+    grid = img_size // patch_size
     return Sam(
         image_encoder=ImageEncoderViT(
-            img_size=_IMAGE_SIZE, patch_size=_PATCH_SIZE, out_chans=_WIDTH, window_size=14, **_VIT[name]
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            out_chans=width,
+            window_size=window_size,
+            global_attn_indexes=global_attn_indexes,
         ),
         prompt_encoder=PromptEncoder(
-            embed_dim=_WIDTH,
+            embed_dim=width,
             image_embedding_size=(grid, grid),
-            input_image_size=(_IMAGE_SIZE, _IMAGE_SIZE),
+            input_image_size=(img_size, img_size),
             mask_in_chans=16,
         ),
         mask_decoder=MaskDecoder(
-            transformer_dim=_WIDTH,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=_WIDTH, num_heads=8, mlp_dim=2048),
+            transformer_dim=width,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=width, num_heads=8, mlp_dim=decoder_mlp_dim),
         ),
         name=name,
     ).eval()
