@@ -3,7 +3,6 @@ names."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -172,5 +171,4 @@ class OutputNames:
 
 
 def make_parent(path: str) -> None:
-    with contextlib.suppress(FileExistsError):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 from .draw import draw_localization
 from .errors import ConfigError, Pro2SamError
 from .io import IMAGE_EXTENSIONS, read_image, write_atomic
+from .records import OutputNames, make_parent
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,14 +158,14 @@ class Localization:
         if suffix in IMAGE_EXTENSIONS:
             return [self._write(target, encode_image(self.plot(image), suffix))]
         self._require_result()
-        target.mkdir(parents=True, exist_ok=True)
-        stem = Path(self.name or self.path or "image").stem
+        stem = str(target / OutputNames().claim(self.name or os.path.basename(self.path or "image")))
+        make_parent(stem)
         picture = self.plot(image)
         picture_suffix = overlay_suffix(picture.size)
         return [
-            self._write(target / f"{stem}{picture_suffix}", encode_image(picture, picture_suffix)),
-            self._write(target / f"{stem}-mask.png", encode_mask_png(self.mask)),
-            self._write(target / f"{stem}.json", self._json()),
+            self._write(Path(f"{stem}{picture_suffix}"), encode_image(picture, picture_suffix)),
+            self._write(Path(f"{stem}-mask.png"), encode_mask_png(self.mask)),
+            self._write(Path(f"{stem}.json"), self._json()),
         ]
 
     def _json(self) -> bytes:

@@ -146,6 +146,8 @@ def test_save(tmp_path):
     with Image.open(tmp_path / "one.png") as saved:
         np.testing.assert_array_equal(np.asarray(saved), np.asarray(found.plot()))
     found.save(tmp_path / "one.json")
+    found.name = "../sub/b.png"  # a place below a folder source; never above the target
+    assert found.save(tmp_path / "out")[0] == tmp_path / "out" / "sub" / "b.jpg"
     with pytest.raises(Pro2SamError, match="no result"):
         Localization("b.jpg", error="cannot read").save(tmp_path / "out")
 
