@@ -44,17 +44,21 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         loaded = _read(path)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise CheckpointError(_corrupt(path)) from error
+        if "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"Checkpoint {path} contains more than tensors and loading it could run code, so it was refused; "
+                "save its state dict alone, best as .safetensors."
+            ) from error
         raise CheckpointError(
-            f"Checkpoint {path} contains more than tensors and loading it could run code, so it was refused; "
-            "save its state dict alone, best as .safetensors."
+            f"Checkpoint {path} is corrupt or no checkpoint that can be loaded safely; download or copy it again."
         ) from error
     except OSError as error:
         raise CheckpointError(f"Checkpoint {path} can't be read: {error.strerror or error}.") from error
     except Exception as error:
         # torch and safetensors report damaged files through a dozen types (RuntimeError, EOFError, KeyError, ...)
-        raise CheckpointError(_corrupt(path)) from error
+        raise CheckpointError(
+            f"Checkpoint {path} is corrupt or not a checkpoint; download or copy it again."
+        ) from error
     return _named_tensors(loaded, path)
 
 
@@ -65,10 +69,6 @@ def _read(path: Path) -> object:
         return load_file(path, device="cpu")
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _corrupt(path: Path) -> str:
-    return f"Checkpoint {path} is corrupt or not a checkpoint; download or copy it again."
 
 
 def _named_tensors(loaded: object, path: Path) -> dict[str, Tensor]:
