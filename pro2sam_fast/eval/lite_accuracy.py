@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from ..boxes import iou_exact, map_box
 from ..data.cub import CubPhoto, load_cub
 from ..data.segments import SegmentedPhoto, coco_panoptic
+from ..io import read_image
 from ..models.sam import Sam
 from ..pipelines.pro2sam import Localizer
 from ..predictor import SamPredictor
@@ -99,6 +100,11 @@ def things_hit(results: Sequence[Localization], photos: Sequence[tuple[Segmented
     return 100 * float(np.mean(hits))
 
 
-def localize_cub(localizer: Localizer, photos: Sequence[CubPhoto]) -> list[Localization]:
-    """Results in the order of ``photos``."""
-    return localizer([str(p.path) for p in photos])
+@torch.inference_mode()
+def label_accuracy(localizer: Localizer, paths: Sequence[Path]) -> float:
+    """Percent of photos whose label is their index in ``paths``; the label head alone, without a gallery."""
+    right = 0
+    for index, path in enumerate(paths):
+        x = localizer.classifier.prepare(read_image(path)).unsqueeze(0)
+        right += int(localizer.classifier(x).argmax()) == index
+    return 100 * right / len(paths)
