@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,6 @@ def load_latest(run: Path) -> dict[str, Any] | None:
     for _, path in reversed(_numbered(run)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
             continue
     return None
