@@ -38,7 +38,8 @@ def trunk():
 
 
 def config(**changes) -> SamLiteConfig:
-    return SamLiteConfig(**{"steps": 4, "size": SIZE, "batch": 2, "prompts": 3, "save_every": 1, "warmup": 2, **changes})
+    small = {"steps": 4, "size": SIZE, "batch": 2, "prompts": 3, "save_every": 1, "warmup": 2}
+    return SamLiteConfig(**{**small, **changes})
 
 
 def test_a_batch_depends_on_its_step_alone():
@@ -54,7 +55,7 @@ def test_every_click_lies_in_its_target_and_inside_the_photo():
         batch = PromptDataset(photos(), 30, 2, 3, SIZE, seed=2)[step]
         seen.add(batch.mode)
         assert batch.images.shape == (2, 3, SIZE, SIZE) and batch.targets.shape == (6, 3, SIZE // 4, SIZE // 4)
-        assert 0 <= batch.targets.min() and batch.targets.max() <= 1
+        assert batch.targets.min() >= 0 and batch.targets.max() <= 1
         for k in range(6):
             if not batch.target_valid[k, 0]:
                 continue

@@ -1,0 +1,107 @@
+"""The lite bundle: what is written is what is read, and the shared trunk is stored once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pro2sam_fast.errors import CheckpointError
+from pro2sam_fast.models.lite import (
+    WEIGHTS,
+    LabelHead,
+    LiteModel,
+    load_lite,
+    load_sam_lite,
+    make_gtformer_lite,
+    save_lite,
+)
+from pro2sam_fast.models.sam.lite import make_sam_lite
+from pro2sam_fast.models.trunk import EfficientNetLite0
+from pro2sam_fast.train.lite_gtformer import class_activation_map, forward_cached, seed_loss
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    trunk = EfficientNetLite0(7)
+    names = [str(i) for i in range(7)]
+    coarse = make_gtformer_lite(3, trunk).eval()
+    head, sam = LabelHead(trunk), make_sam_lite(trunk)
+    return LiteModel(coarse, sam, head, names, names[:3], {"points_per_side": 8}, {"seed": 1})
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lite") / "lite.safetensors"
+    save_lite(path, model)
+    return path
+
+
+def test_round_trip(model, path):
+    read = load_lite(path.parent)
+    assert (read.class_names, read.coarse_class_names) == (model.class_names, model.coarse_class_names)
+    assert (read.defaults, read.card) == ({"points_per_side": 8}, {"seed": 1})
+    assert read.coarse.patch_embed.trunk is read.sam.image_encoder.trunk is read.classifier.trunk
+    for part in ("coarse", "sam", "classifier"):
+        for (name, a), b in zip(getattr(model, part).state_dict().items(), getattr(read, part).state_dict().values()):
+            assert torch.equal(a if "running" in name or "num_batches" in name else a.half().float(), b), name
+
+
+def test_the_trunk_is_stored_once(path):
+    names = load_file(path)
+    assert not [name for name in names if name.startswith(("sam.image_encoder.trunk.", "gtformer.patch_embed.trunk."))]
+    assert path.stat().st_size < 25e6
+
+
+def test_sam_alone_from_a_bundle_or_a_plain_state_dict(model, path, tmp_path):
+    plain = tmp_path / "sam.safetensors"
+    save_file({k: v.contiguous() for k, v in model.sam.state_dict().items()}, plain)
+    with pytest.raises(CheckpointError, match=r"sam\.safetensors"):  # a trunk for 7 classes
+        load_sam_lite(plain)
+    assert load_sam_lite(path).name == "lite"
+    sam = make_sam_lite()
+    save_file({k: v.contiguous() for k, v in sam.state_dict().items()}, plain)
+    assert torch.equal(load_sam_lite(plain).mask_decoder.iou_token.weight, sam.mask_decoder.iou_token.weight)
+
+
+def test_other_files_are_refused(model, path, tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_lite(tmp_path)
+    tensors = load_file(path)
+    bare = tmp_path / "lite.safetensors"
+    save_file(tensors, bare)
+    with pytest.raises(CheckpointError, match="no lite metadata"):
+        load_lite(bare)
+
+
+def test_cached_features_give_the_forward_pass(model):
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        features = model.coarse.patch_embed.features(x)
+        cached = forward_cached(model.coarse, *features, model.coarse.query_embed.phases(x))
+        whole = model.coarse(x)
+    for name, value in whole.items():
+        torch.testing.assert_close(cached[name], value)
+
+
+def test_class_activation_map_and_seeds():
+    torch.manual_seed(0)
+    trunk = EfficientNetLite0(30)
+    cam = class_activation_map(trunk, torch.randn(2, 320, 7, 7))
+    assert cam.shape == (2, 14, 14) and cam.min() >= 0 and cam.max() <= 1
+    sure = torch.zeros(1, 4, 4)
+    sure[:, 1:3, 1:3] = 1
+    right, wrong = seed_loss(sure, sure, 0.15, 0.6), seed_loss(1 - sure, sure, 0.15, 0.6)
+    assert right < 1e-3 < 5 < wrong
+    # where the CAM is unsure the map is free
+    unsure = torch.full((1, 4, 4), 0.4)
+    assert seed_loss(torch.rand(1, 4, 4), unsure, 0.15, 0.6) == 0
+
+
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason="no bundled weights: train them first")
+def test_bundled_file():
+    model = load_lite()
+    assert WEIGHTS.stat().st_size <= 25e6
+    assert len(model.class_names) == 1000 and model.class_names[281] == "tabby"
+    assert model.card["recipe"]["gtformer"]["seed"] == 6
