@@ -35,6 +35,7 @@ def blobs(count, height, width, seed=0):
     return smooth > torch.linspace(-3, 3, count)[:, None, None]
 
 
+@settings(deadline=None)
 @given(mask=MASKS)
 def test_rle_equals_the_original(mask):
     theirs = amg.mask_to_rle_pytorch(torch.from_numpy(mask)[None])[0]
@@ -51,6 +52,7 @@ def test_rle_of_empty_and_full(fill, shape):
     assert coco_rle(mask) == amg.coco_encode_rle(mask_to_rle(mask))
 
 
+@settings(deadline=None)
 @given(
     masks=st.tuples(st.integers(0, 4), st.integers(1, 6), st.integers(1, 130)).flatmap(lambda s: hnp.arrays(bool, s))
 )
@@ -157,7 +159,7 @@ def test_measuring_nothing():
     assert kept.dtype == boxes.dtype == torch.int64
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     boxes=hnp.arrays(np.int64, (20, 4), elements=st.integers(0, 100)),
     crop=st.sampled_from([(0, 0, 200, 100), (10, 0, 120, 100), (90, 40, 200, 100)]),
@@ -180,7 +182,7 @@ def their_nms(boxes, scores, threshold):
     return batched_nms(boxes.float(), scores, torch.zeros(len(boxes)), threshold)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(0, 40),
     seed=st.integers(0, 1000),
@@ -219,7 +221,7 @@ def test_nms_of_ties_thresholds_and_lines():
     assert nms(torch.zeros(0, 4), torch.zeros(0), 0.7).dtype == torch.int64
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     shape=st.tuples(st.integers(1, 24), st.integers(1, 24)),

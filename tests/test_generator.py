@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from original import records
+from segment_anything.utils import amg
 from torch import nn
 
 from pro2sam_fast.errors import ConfigError, ImageReadError
@@ -13,9 +15,6 @@ from pro2sam_fast.gallery import MaskGallery
 from pro2sam_fast.generator import MaskGenerator, crop_boxes, point_grid
 from pro2sam_fast.models.sam import DecodedTokens, Sam
 from pro2sam_fast.models.sam.build import build_vit_sam, to_segment_anything
-
-segment_anything = pytest.importorskip("segment_anything")
-from segment_anything.utils import amg  # noqa: E402
 
 SIDE = 64
 GRID = 8
@@ -103,22 +102,6 @@ def photo(height, width, seed=0):
     return image
 
 
-def reference(sam, image, **options):
-    """Records of the original. With one thread it resizes three masks at once with another rounding, so: two."""
-    resize = sam.postprocess_masks
-
-    def with_two_threads(*args):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
-        try:
-            return resize(*args)
-        finally:
-            torch.set_num_threads(threads)
-
-    sam.postprocess_masks = with_two_threads
-    return segment_anything.SamAutomaticMaskGenerator(sam, **options).generate(image)
-
-
 def assert_same_records(ours, theirs):
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -169,7 +152,7 @@ def test_same_masks_as_segment_anything(case):
     options, size = CASES[case]
     image = photo(*size)
     gallery = MaskGenerator(blob_sam(), **options).generate(image)[0]
-    theirs = reference(their_blob_sam(), image, points_per_batch=1000, **options)
+    theirs = records(their_blob_sam(), image, points_per_batch=1000, **options)
     if case != "defaults":
         assert len(theirs) > 0
     assert_same_records(gallery.to_records(), theirs)
@@ -196,7 +179,7 @@ def test_cases_exercise_every_filter():
 @pytest.mark.parametrize("mode", ["binary_mask", "uncompressed_rle", "coco_rle"])
 def test_output_modes(mode):
     image = photo(71, 96)
-    theirs = reference(their_blob_sam(), image, points_per_batch=1000, output_mode=mode, **LOOSE)
+    theirs = records(their_blob_sam(), image, points_per_batch=1000, output_mode=mode, **LOOSE)
     gallery = MaskGenerator(blob_sam(), **LOOSE).generate(image)[0]
     assert_same_records(gallery.to_records(mode), theirs)
 
@@ -204,7 +187,7 @@ def test_output_modes(mode):
 def test_more_than_a_thousand_candidates():
     options = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 20, "box_nms_thresh": 0.9}
     image = photo(40, 50)
-    theirs = reference(their_blob_sam(0), image, **options)
+    theirs = records(their_blob_sam(0), image, **options)
     ours = MaskGenerator(blob_sam(0), **options).generate(image)[0].to_records()
     # torchvision leaves the order of tied scores open for this many boxes
     assert [r["predicted_iou"] for r in ours] == [r["predicted_iou"] for r in theirs]
@@ -287,7 +270,7 @@ def test_real_modules_against_segment_anything(small_sam):
     image = photo(80, 120)
     options = {**SMALL, "points_per_side": 6}
     ours = MaskGenerator(small_sam, **options).generate(image)[0].to_records()
-    theirs = reference(theirs, image, **options)
+    theirs = records(theirs, image, **options)
     assert len(ours) == len(theirs) > 10
     assert [r["point_coords"] for r in ours] == [r["point_coords"] for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -353,7 +336,7 @@ def test_any_size_equals_the_reference(points_per_batch, height, width, layers, 
     options = {**LOOSE, "points_per_side": 5, "crop_n_layers": layers}
     gallery = MaskGenerator(blob_sam(), points_per_batch=points_per_batch, **options).generate(image)[0]
     try:
-        theirs = reference(their_blob_sam(), image, points_per_batch=1000, **options)
+        theirs = records(their_blob_sam(), image, points_per_batch=1000, **options)
     except (IndexError, ZeroDivisionError, ValueError):
         # no survivor at all, or a side that is rounded to no pixel
         return
