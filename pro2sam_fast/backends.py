@@ -1,10 +1,14 @@
-"""What can compute here and what can't, and why: `backends()` for programs, `report()` for people."""
+"""What can compute here and what can't, and why: `backends["cuda"]` for programs, `report()` for people.
+
+This module is a mapping from names to states, each probed when it is asked for, and a function that returns them all:
+`pro2sam_fast.backends["cpu"]`, `list(pro2sam_fast.backends)`, `pro2sam_fast.backends()["cpu"]`.
+"""
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType, ModuleType
@@ -44,12 +48,6 @@ class BackendState:
         return f"{self.state}: {self.reason}"
 
 
-def backends() -> Mapping[str, BackendState]:
-    """States of the back ends that ops can be asked for, fastest last: reference, cpu, triton, cuda."""
-    states = (_reference(), _cpu(), _triton(), _cuda())
-    return MappingProxyType({state.name: state for state in states})
-
-
 def report() -> str:
     """The text of `python -m pro2sam_fast`: versions, back ends with their reasons, the CPU instruction set."""
     import torch
@@ -61,7 +59,7 @@ def report() -> str:
         "",
         "back ends",
     ]
-    for state in backends().values():
+    for state in backends.values():
         lines.append(f"  {state.name:<10} {state.state:<8} {state.reason}")
         lines.extend(f"  {'':<10} {'':<8} {name}: {_text(value)}" for name, value in state.details.items())
     return "\n".join(lines)
@@ -130,11 +128,30 @@ def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-class _CallableModule(ModuleType):
-    """`pro2sam_fast.backends` is the function and this module at once: importing a submodule rebinds the name."""
+# The back ends that ops can be asked for, fastest last.
+_PROBES = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}
+
+
+class _MappingModule(ModuleType, Mapping):
+    """The class of this module: `pro2sam_fast.backends` means the module as soon as anybody has imported it."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __getitem__(self, name: str) -> BackendState:
+        return _PROBES[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PROBES)
+
+    def __len__(self) -> int:
+        return len(_PROBES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _PROBES
 
     def __call__(self) -> Mapping[str, BackendState]:
-        return backends()
+        return MappingProxyType(dict(self))
 
 
-sys.modules[__name__].__class__ = _CallableModule
+backends = sys.modules[__name__]
+backends.__class__ = _MappingModule

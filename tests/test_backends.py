@@ -2,6 +2,8 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
+from types import ModuleType
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def without_cpu(monkeypatch):
 
 def test_states():
     states = pro2sam_fast.backends()
-    assert {"reference", "cpu", "cuda", "triton"} <= set(states)
+    assert list(states) == ["reference", "cpu", "triton", "cuda"]
     for name, state in states.items():
         assert state.name == name and state.reason
         assert state.state in ("ready", "loaded", "missing")
@@ -53,10 +55,29 @@ def test_cpu_state_names_the_instruction_set():
     assert state.details["isa"] in state.details["isa_available"]
 
 
-def test_backends_stays_callable_after_its_module_is_imported():
-    assert run("import pro2sam_fast.backends; print(sorted(pro2sam_fast.backends()))") == str(
-        ["cpu", "cuda", "reference", "triton"]
-    )
+def test_backends_is_a_mapping_and_a_function():
+    backends = pro2sam_fast.backends
+    assert isinstance(backends, Mapping) and isinstance(backends, ModuleType)
+    assert backends["cpu"] == backends()["cpu"] == backends.get("cpu")
+    assert list(backends) == list(backends.keys()) == list(backends())
+    assert len(backends) == len(backends.values()) == 4
+    assert "cuda" in backends and "mps" not in backends
+    assert dict(backends.items()) == dict(backends())
+    assert backends.get("mps") is None
+    with pytest.raises(KeyError, match="mps"):
+        backends["mps"]
+    assert backends == backends.backends and backends != backends() and hash(backends)
+
+
+@pytest.mark.parametrize("first", ["import pro2sam_fast", "import pro2sam_fast.backends"])
+def test_backends_is_one_object_however_it_is_imported(first):
+    code = f"""{first}
+import sys
+from pro2sam_fast import backends
+from pro2sam_fast.backends import backends as inner
+assert backends is inner is pro2sam_fast.backends is sys.modules["pro2sam_fast.backends"]
+print(len(backends), "cuda" in backends, backends and "torch" in sys.modules)"""
+    assert run(code) == "4 True False"
 
 
 def test_module_prints_every_state():
@@ -80,6 +101,26 @@ def test_environment_with_an_unknown_instruction_set_is_told():
         pytest.skip(pro2sam_fast.backends()["cpu"].reason)
     reason = run("import pro2sam_fast; print(pro2sam_fast.backends()['cpu'])", PRO2SAM_CPU_ISA="mmx")
     assert reason == "missing: PRO2SAM_CPU_ISA=mmx: unknown instruction set; choose scalar, avx2 or avx512"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module", name="triton"), "the package triton isn't installed here"),
+        (ImportError("libtriton.so: undefined symbol"), "triton.language doesn't load: libtriton.so: undefined symbol"),
+        (OSError("no ptxas"), "triton.language doesn't load: no ptxas"),
+    ],
+)
+def test_triton_that_does_not_load_is_a_reason(monkeypatch, error, reason):
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr(_backends.importlib, "import_module", broken)
+    monkeypatch.setattr(_backends, "triton_problem", _backends.triton_problem.__wrapped__)
+    assert _backends.triton_problem() == reason
+    monkeypatch.undo()
+    monkeypatch.setattr(_backends, "triton_missing", lambda: reason)
+    assert pro2sam_fast.backends["triton"].state == "missing"
 
 
 def test_a_missing_module_explains_itself(without_cpu):
