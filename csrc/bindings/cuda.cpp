@@ -14,6 +14,7 @@ py::dict device_info() {
   cudaRuntimeGetVersion(&runtime);
   cudaDriverGetVersion(&driver);
   const cudaError_t error = cudaGetDeviceCount(&devices);
+  cudaGetLastError();
   py::dict info;
   info["runtime_version"] = runtime;
   info["driver_version"] = driver;  // 0: no driver
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_cuda, m) {
                                         device, pointer<void>(stream)),
                         "mask_match");
       },
+      py::call_guard<py::gil_scoped_release>(),
       "masks (count, words), query (words) -> scores (count), best (1).");
   m.def(
       "mask_iou",
@@ -48,5 +50,6 @@ PYBIND11_MODULE(_cuda, m) {
                                       device, pointer<void>(stream)),
                         "mask_iou");
       },
+      py::call_guard<py::gil_scoped_release>(),
       "a (rows, words), b (columns, words) -> iou (rows, columns).");
 }

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -21,8 +21,8 @@ void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
     for (; started < parts; ++started) {
       workers.emplace_back(body, bound(started), bound(started + 1));
     }
-  } catch (const std::system_error&) {
-    // No more threads to be had: the caller does the rest.
+  } catch (const std::exception&) {
+    // No more threads or memory to be had: the caller does the rest.
   }
   body(bound(0), bound(1));
   if (started < parts) body(bound(started), count);

@@ -4,6 +4,7 @@
 // an inline function shared between units could be replaced by a copy that needs a newer processor.
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -69,7 +70,12 @@ struct Words {
   static constexpr int64_t size = 1;
   uint64_t v;
   static Words zero() { return {0}; }
-  static Words load(const uint64_t* p) { return {*p}; }
+  // Of any alignment: `torch.frombuffer` takes any offset.
+  static Words load(const uint64_t* p) {
+    Words x;
+    std::memcpy(&x.v, p, sizeof x.v);
+    return x;
+  }
   static Words load_part(const uint64_t*, int64_t) { return {0}; }
   friend Words operator&(Words x, Words y) { return {x.v & y.v}; }
   friend Words operator|(Words x, Words y) { return {x.v | y.v}; }

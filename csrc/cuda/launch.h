@@ -29,8 +29,11 @@ class DeviceGuard {
   cudaError_t error_ = cudaSuccess;
 };
 
+// Clears the error, or the next launch would find and report it.
 inline Status to_status(cudaError_t error) {
-  return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();
+  return {cudaGetErrorString(error)};
 }
 
 }  // namespace p2s

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -68,10 +67,14 @@ def triton_problem() -> str | None:
 
 
 def triton_missing() -> str | None:
-    """Which part of the Triton back end isn't installed, or None."""
-    for module in ("triton", f"{__package__.rpartition('.')[0]}.kernels"):
-        if importlib.util.find_spec(module) is None:
-            return f"the package {module} isn't installed here"
+    """Which part of the Triton back end isn't installed or doesn't load, or None."""
+    for module in ("triton.language", f"{__package__.rpartition('.')[0]}.kernels"):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            return f"the package {error.name} isn't installed here"
+        except Exception as error:  # whatever its native library or driver search raises
+            return f"{module} doesn't load: {error}"
     return None
 
 
@@ -176,6 +179,8 @@ def check_packed(op: str, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.int64:
             raise TypeError(f"{op}: {name} must be int64 (packed masks), got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be dense, got {tensor.layout}")
         if tensor.device != first.device:
             raise ValueError(
                 f"{op}: all inputs must be on one device, got {name} on {tensor.device}, not {first.device}"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pro2sam_fast import _cpu
+from pro2sam_fast import _cpu, _cuda
 from pro2sam_fast.errors import BackendError, ConfigError
 from pro2sam_fast.ops import mask_iou, mask_match, pack_masks
 from pro2sam_fast.testing import (
@@ -118,6 +118,20 @@ def test_unaligned_words(case):
     assert_matches(actual, mask_match(masks, query, backend="reference"), "exact")
 
 
+@pytest.mark.parametrize("offset", [1, 4])
+def test_words_at_any_byte(case, offset):
+    if case.device != "cpu":
+        pytest.skip("torch hands out aligned device memory only")
+    masks, query = packed(70, (9, 640), seed=1), packed(1, (9, 640), seed=2)[0]
+    shifted = bytearray(offset) + masks.numpy().tobytes()
+    odd = torch.frombuffer(shifted, dtype=torch.int64, offset=offset).view_as(masks)
+    assert odd.data_ptr() % 4 == offset % 4 and odd.data_ptr() % 8
+    expected = mask_match(masks, query, backend="reference")
+    assert_matches(mask_match(odd, query, backend=case.backend), expected, "exact")
+    expected = mask_iou(masks, masks[:9], backend="reference")
+    assert_matches(mask_iou(odd, odd[:9], backend=case.backend), expected, "exact")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_the_forced_instruction_set_is_the_one_that_runs(isa, threads):
@@ -186,6 +200,8 @@ WORDS = torch.zeros((3, 4), dtype=torch.int64)
         ((WORDS.tolist(), WORDS[0]), TypeError, "masks must be a tensor, got list"),
         ((WORDS.int(), WORDS[0]), TypeError, "masks must be int64 .*int32"),
         ((WORDS, WORDS[0].bool()), TypeError, "query must be int64 .*bool"),
+        ((WORDS.to_sparse(), WORDS[0]), TypeError, "masks must be dense, got torch.sparse_coo"),
+        ((WORDS, WORDS[0].to_sparse()), TypeError, "query must be dense, got torch.sparse_coo"),
         ((WORDS, WORDS), ValueError, r"\(K, n\) and query \(n,\), got \(3, 4\) and \(3, 4\)"),
         ((WORDS, WORDS[0, :3]), ValueError, r"got \(3, 4\) and \(3,\)"),
         ((WORDS, WORDS[0].to("meta")), ValueError, "on one device"),
@@ -234,3 +250,63 @@ def test_follows_the_current_stream(backend):
         actual = mask_match(late, query, backend=backend)
     torch.cuda.current_stream().wait_stream(stream)
     assert_matches(actual, expected, "exact")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def device_backend(request):
+    problem = BackendCase(request.param, "cuda").problem
+    if problem:
+        pytest.skip(problem)
+    return request.param
+
+
+@pytest.mark.cuda
+def test_opcheck_on_a_gpu(device_backend):
+    masks = packed(3, (5, 70)).cuda()
+    options = {"backend": device_backend}
+    torch.library.opcheck(torch.ops.pro2sam_fast.mask_match.default, (masks, masks[0]), options)
+    torch.library.opcheck(torch.ops.pro2sam_fast.mask_iou.default, (masks, masks[:2]), options)
+
+
+@pytest.mark.cuda
+def test_cuda_graph_capture(device_backend):
+    def both():
+        return *mask_match(masks, query, backend=device_backend), mask_iou(masks, masks, backend=device_backend)
+
+    masks, query = torch.zeros((7, 64), dtype=torch.int64, device="cuda"), packed(1, (64, 64), seed=9)[0].cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        actual = both()
+    masks.copy_(packed(7, (64, 64), seed=1))
+    graph.replay()
+    expected = (*mask_match(masks, query, backend="reference"), mask_iou(masks, masks, backend="reference"))
+    assert_matches(actual, expected, "exact")
+
+
+@pytest.mark.cuda
+def test_the_tensors_device_is_the_one_that_runs(device_backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    masks = packed(5, (63, 65))
+    expected = mask_match(masks, masks[3], backend="reference")
+    for current, device in ((0, "cuda:1"), (1, "cuda:0"), (1, "cuda:1")):
+        with torch.cuda.device(current):
+            there = masks.to(device)
+            assert_matches(mask_match(there, there[3], backend=device_backend), expected, "exact")
+            assert torch.cuda.current_device() == current
+            assert torch.ones(3, device="cuda").sum() == 3
+
+
+@pytest.mark.cuda
+def test_a_failed_launch_does_not_fail_the_next():
+    problem = BackendCase("cuda", "cuda").problem
+    if problem:
+        pytest.skip(problem)
+    with pytest.raises(RuntimeError, match="mask_match: invalid device"):
+        _cuda.mask_match(0, 0, 0, 0, 1, 1, 10_000, 0)
+    masks = packed(5, (63, 65)).cuda()
+    assert mask_match(masks, masks[3], backend="cuda")[1] == 3
