@@ -10,9 +10,18 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+class CleanBuild(build):
+    """A file that was deleted since the last build in this folder doesn't reach the wheel."""
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -54,5 +63,5 @@ setup(
     packages=[*find_packages(include=["pro2sam_fast", "pro2sam_fast.*"]), "pro2sam_fast.kernels"],
     package_dir={"pro2sam_fast.kernels": "kernels"},
     ext_modules=[Extension("pro2sam_fast._cpu", []), Extension("pro2sam_fast._cuda", [], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,59 @@ def test_the_wheel_holds_everything(distribution):
     assert not any(name.startswith(("tests/", "kernels/", "csrc/")) for name in files)
     commands = {entry.name: entry.value for entry in distribution.entry_points}
     assert commands == {"pro2sam-fast": "pro2sam_fast.cli:main"}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources, without what was built in them."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no sources beside the tests")
+    pytest.importorskip("setuptools", reason="setuptools isn't installed here")
+    left_out = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist")
+    return shutil.copytree(ROOT, tmp_path / "checkout", ignore=left_out)
+
+
+def test_the_sdist_builds_and_tests_itself(checkout, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "--format=tar", f"--dist-dir={tmp_path}"]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    names = ("CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "setup.py")
+    wanted = [checkout / name for name in names]
+    for folder in ("csrc", "examples", "kernels", "pro2sam_fast", "tests"):
+        wanted += [path for path in (checkout / folder).rglob("*") if path.is_file()]
+    missing = {str(path.relative_to(checkout)) for path in wanted} - held
+    assert not missing
+
+
+def test_deleted_files_do_not_reach_the_next_wheel(checkout):
+    stale = checkout / "build" / "lib" / "pro2sam_fast" / "deleted.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    code = "import setuptools; setuptools.Distribution.has_ext_modules = lambda _: False; import setup"
+    command = [sys.executable, "-c", code, "-q", "build", "--build-lib=build/lib"]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    assert (stale.parent / "kernels" / "mask_match.py").exists()
+    assert not stale.exists()
+
+
+def test_auto_goes_without_an_nvcc_that_does_not_compile(checkout, tmp_path):
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 isn't installed here, pip builds with its own")
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake on PATH, pip builds with its own")
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_80 && exit\nexit 1\n")
+    nvcc.chmod(0o755)
+    configure = [cmake, f"-S{checkout}", f"-B{tmp_path / 'out'}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+    environment = {**os.environ, "CUDA_HOME": str(nvcc.parents[1])}
+    done = subprocess.run(configure, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"_cuda left out ({nvcc} doesn't compile here)" in done.stdout
+    done = subprocess.run([*configure, "-DPRO2SAM_CUDA=on"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
 
 
 def test_native_modules_load(distribution):
