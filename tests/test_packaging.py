@@ -205,3 +205,9 @@ def test_at_most_four_environment_variables():
     table = (ROOT / "CONTRIBUTING.md").read_text()
     documented = set(re.findall(r"^\| `(PRO2SAM_[A-Z_]+)`", table, flags=re.MULTILINE))
     assert used == documented and len(documented) <= 4
+
+
+def test_the_version_is_written_once(distribution):
+    assert distribution.version == pro2sam_fast.__version__
+    if (ROOT / "pyproject.toml").exists():
+        assert pro2sam_fast.__version__ not in (ROOT / "pyproject.toml").read_text()
