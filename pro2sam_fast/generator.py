@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -28,6 +28,9 @@ _PROMPTS_PER_DECODE = {"cpu": 16}
 _PROMPTS_PER_UPSCALE = {"cpu": 8}
 _PROMPTS_PER_GROUP_ELSEWHERE = 64
 _AUTO_POINTS_PER_BATCH = 64
+# 16 million prompts, 87 thousand crops: beyond that the grids alone fill the memory
+_MOST_POINTS_PER_SIDE = 4096
+_MOST_CROP_LAYERS = 8
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -168,13 +171,13 @@ class MaskGenerator:
 
     Args:
         sam: the model, put in evaluation mode; parameters in float32.
-        points_per_side: n of the n x n grid; None if ``point_grids`` is given.
+        points_per_side: n of the n x n grid, at most 4096; None if ``point_grids`` is given.
         points_per_batch: prompts whose masks are filtered together, a bound on memory; ``"auto"`` chooses.
         pred_iou_thresh: masks need a predicted IoU above this; 0 or less switches the filter off.
         stability_score_thresh: masks need at least this stability score; 0 or less switches the filter off.
         stability_score_offset: shift of the cutoff when the stability score is computed, in logits.
         box_nms_thresh: box IoU above which the mask with the lower predicted IoU is dropped, inside a crop.
-        crop_n_layers: layers of crops segmented besides the whole photo, ``4**i`` in layer i.
+        crop_n_layers: layers of crops segmented besides the whole photo, ``4**i`` in layer i, at most 8.
         crop_nms_thresh: box IoU above which a mask from a larger crop is dropped for one from a smaller.
         crop_overlap_ratio: overlap of the first layer's crops, as a part of the short side, in [0, 1).
         crop_n_points_downscale_factor: layer i has ``points_per_side / factor**i`` points a side.
@@ -210,7 +213,7 @@ class MaskGenerator:
             raise ConfigError("sam must keep its parameters in float32; use the argument dtype for reduced precision.")
         self.sam = sam.eval()
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
-        self.crop_n_layers = _integer("crop_n_layers", crop_n_layers, 0)
+        self.crop_n_layers = _integer("crop_n_layers", crop_n_layers, 0, _MOST_CROP_LAYERS)
         factor = _integer("crop_n_points_downscale_factor", crop_n_points_downscale_factor, 1)
         self.point_grids = _point_grids(points_per_side, point_grids, self.crop_n_layers, factor)
         self.points_per_batch = (
@@ -238,6 +241,8 @@ class MaskGenerator:
         Raises:
             ImageReadError: an entry is not such an array; nothing has been computed then.
         """
+        if not isinstance(images, (np.ndarray, Iterable)):
+            check_rgb(images, "images")
         images = [images] if isinstance(images, np.ndarray) and images.ndim != 4 else list(images)
         for i, image in enumerate(images):
             check_rgb(image, f"images[{i}]")
@@ -382,9 +387,11 @@ class MaskGenerator:
         return cleaned.select(keep)
 
 
-def _integer(name: str, value: object, least: int) -> int:
+def _integer(name: str, value: object, least: int, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    if most is not None and value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {value!r}.")
     return int(value)
 
 
@@ -408,7 +415,8 @@ def _point_grids(
     if (points_per_side is None) == (point_grids is None):
         raise ConfigError("Exactly one of points_per_side and point_grids must be given; set the other to None.")
     if point_grids is None:
-        sides = [int(_integer("points_per_side", points_per_side, 1) / factor**i) for i in range(n_layers + 1)]
+        side = _integer("points_per_side", points_per_side, 1, _MOST_POINTS_PER_SIDE)
+        sides = [int(side / factor**i) for i in range(n_layers + 1)]
         if sides[-1] < 1:
             raise ConfigError(
                 f"crop_n_points_downscale_factor {factor} leaves no points in crop layer {n_layers} "

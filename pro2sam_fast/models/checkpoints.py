@@ -93,8 +93,14 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], source: str |
         source: where the weights came from, for the message.
 
     Raises:
-        CheckpointError: names or shapes differ; the message lists the first few. The module is then unchanged.
+        CheckpointError: names or shapes differ (the message lists the first few), or values aren't finite. The module
+            is then unchanged.
     """
+    for name, value in state_dict.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise CheckpointError(f"Checkpoint {source} is unusable: {name} isn't a dense tensor; convert it.")
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"Checkpoint {source} holds NaN or infinite values in {name}; use other weights.")
     own = module.state_dict()
     differences = [
         ("missing", [name for name in own if name not in state_dict]),

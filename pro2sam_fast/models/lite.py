@@ -143,6 +143,11 @@ def load_lite(source: str | Path | None = None) -> LiteModel:
         raise CheckpointError(
             f"Checkpoint {path} has no lite metadata; use a file that lite training wrote."
         ) from error
+    named = all(_is_names(names) for names in (class_names, coarse_class_names))
+    if not named or not isinstance(defaults, dict) or not isinstance(card, dict):
+        raise CheckpointError(f"Checkpoint {path} has damaged lite metadata; use a file that lite training wrote.")
+    if strangers := [name for name in tensors if not name.startswith(("trunk.", "gtformer.", "sam."))]:
+        raise CheckpointError(f"Checkpoint {path} holds '{strangers[0]}', which is no part of lite; use another file.")
     trunk = EfficientNetLite0(len(class_names))
     coarse = make_gtformer_lite(len(coarse_class_names), trunk)
     sam = make_sam_lite(trunk)
@@ -165,6 +170,10 @@ def load_sam_lite(source: str | Path | None = None) -> Sam:
     sam = make_sam_lite()
     load_into(sam, tensors, source)
     return sam
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
 def _is_shared(part: str, name: str) -> bool:

@@ -113,6 +113,8 @@ def match(
     ):
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    if not isinstance(drop_full_frame, (bool, np.bool_)):
+        raise ConfigError(f"drop_full_frame must be True or False, got {drop_full_frame!r}")
     if not isinstance(min_region_gallery, Integral) or min_region_gallery < 0:
         raise ConfigError(f"min_region_gallery must be a number of pixels, got {min_region_gallery!r}")
     coarse_map = _check_map(coarse_map).to(gallery.masks.device)
