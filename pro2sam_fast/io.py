@@ -75,7 +75,13 @@ def read_image(source, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
         name = _describe(source)
         with _decoding(name):
             _check_pixels(source.size, max_pixels, name)
-            source.load()
+            try:
+                source.load()
+            except ValueError as error:
+                if "closed" not in str(error):
+                    raise
+                message = f"cannot read '{name}': the Pillow image is closed; open it again"
+                raise ImageReadError(message, name) from error
             return _to_rgb(source, _orientation(source), name)
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -86,7 +92,7 @@ def read_image(source, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
     if hasattr(source, "read"):
         return _read_stream(source, str(getattr(source, "name", "<stream>")), max_pixels)
     raise ImageReadError(
-        f"cannot read an image from a {type(source).__name__}: "
+        f"cannot read an image from an object of type {type(source).__name__}: "
         "expected a path, a Pillow image, an RGB uint8 array or a tensor",
         _describe(source),
     )
@@ -107,10 +113,16 @@ class Source:
     error: ImageReadError | None = field(default=None, compare=False)
 
     def read(self, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
-        """Like `read_image`; raises the search error if there is one."""
+        """Like `read_image`, naming which one of several in-memory images is bad; raises the search error if there is
+        one."""
         if self.error is not None:
             raise self.error
-        return read_image(self.item, max_pixels)
+        try:
+            return read_image(self.item, max_pixels)
+        except ImageReadError as error:
+            if self.path is not None:
+                raise
+            raise ImageReadError(f"{self.name}: {error}", error.path) from error
 
 
 def iter_sources(source) -> Iterator[Source]:
@@ -245,7 +257,8 @@ def _read_path(path: str | bytes, max_pixels: int | None) -> np.ndarray:
             raise ImageReadError(f"cannot read '{path}': the file is empty (0 bytes); copy it again", path)
         file = open(path, "rb")  # noqa: SIM115 - closed below, so that only opening is inside this try
     except FileNotFoundError:
-        raise ImageReadError(f"cannot read '{path}': no such file; check the path", path) from None
+        hint = "save the photo to a file first, addresses aren't downloaded" if "://" in path else "check the path"
+        raise ImageReadError(f"cannot read '{path}': no such file; {hint}", path) from None
     except PermissionError:
         raise ImageReadError(f"cannot read '{path}': permission denied; check its access rights", path) from None
     except (OSError, ValueError) as error:
@@ -258,6 +271,10 @@ def _read_path(path: str | bytes, max_pixels: int | None) -> np.ndarray:
 
 
 def _read_stream(file, name: str, max_pixels: int | None) -> np.ndarray:
+    if getattr(file, "closed", False):
+        raise ImageReadError(f"cannot read '{name}': the file object is closed; open it again", name)
+    if isinstance(file, io.TextIOBase):
+        raise ImageReadError(f"cannot read '{name}': the file object gives text; open it in binary mode, 'rb'", name)
     with _decoding(name), _open(file) as image:
         _check_pixels(image.size, max_pixels, name)
         image.load()
@@ -411,6 +428,9 @@ def _from_tensor(tensor) -> np.ndarray:
         raise ImageReadError(f"cannot use a tensor of shape {shape}: {expected}", name)
     if 0 in shape:
         raise ImageReadError(f"cannot use a tensor of shape {shape}: it has no pixels", name)
+    if str(tensor.layout) != "torch.strided" or tensor.is_meta:
+        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise ImageReadError(f"cannot use a tensor {kind}: {expected}, dense and with values", name)
     tensor = tensor.detach()
     if tensor.dtype.is_floating_point:
         values = tensor.float().cpu().numpy()

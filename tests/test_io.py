@@ -467,3 +467,40 @@ def test_pillow_image_keeps_its_file_name(tmp_path):
     with Image.open(tmp_path / "p.png") as image:
         (found,) = iter_sources(image)
     assert found.path == str(tmp_path / "p.png") and found.name == "p.png"
+
+
+# things that are no longer, or not quite, an image
+
+
+def closed(thing):
+    thing.close()
+    return thing
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: closed(Image.open(path)), "the Pillow image is closed; open it again"),
+        (lambda path: closed(io.FileIO(path)), "the file object is closed; open it again"),
+        (lambda path: io.TextIOWrapper(io.FileIO(path)), "open it in binary mode"),
+        (lambda path: io.StringIO("x"), "open it in binary mode"),
+        (lambda path: torch.ones(3, 4, 4).to_sparse(), "layout torch.sparse_coo"),
+        (lambda path: torch.empty(3, 4, 4, device="meta"), "on the meta device"),
+        (lambda path: 7, "an object of type int"),
+        (lambda path: "https://example.org/cat.jpg", "save the photo to a file first"),
+    ],
+)
+def test_unusable_objects(tmp_path, make, words):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    with pytest.raises(ImageReadError) as caught:
+        read_image(make(tmp_path / "a.png"))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_bad_one_of_several_images_is_named():
+    good = np.zeros((3, 4, 3), np.uint8)
+    sources = list(iter_sources([good, good.astype(float), None]))
+    assert sources[0].read().shape == (3, 4, 3)
+    for source in sources[1:]:
+        with pytest.raises(ImageReadError, match=f"^{source.name}: cannot"):
+            source.read()
