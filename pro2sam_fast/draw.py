@@ -46,7 +46,8 @@ def draw_localization(
 
 
 def draw_gallery(image: np.ndarray, masks, *, opacity: float = 0.5) -> Image.Image:
-    """Paint every mask of a gallery in its own colour, smaller masks on top, with thin light outlines.
+    """Paint every mask of a gallery in its own colour, smaller masks on top, with thin light outlines, on the photo in
+    grey: all colour comes from masks.
 
     image: uint8 (H, W, 3) RGB. masks: iterable of (x, y, bool (h, w)) patches: a mask cropped to where it is set and
     the place of its upper left corner. opacity: of the fill, 0..1.
@@ -59,7 +60,8 @@ def draw_gallery(image: np.ndarray, masks, *, opacity: float = 0.5) -> Image.Ima
         region = index[y : y + patch.shape[0], x : x + patch.shape[1]]
         region[patch] = number
     fill = np.asarray(_palette(len(patches)), np.uint8)[index]
-    painted = np.where((index > 0)[:, :, None], _mix(image, fill, opacity), image)
+    grey = np.asarray(Image.fromarray(np.ascontiguousarray(image)).convert("L").convert("RGB"))
+    painted = np.where((index > 0)[:, :, None], _mix(grey, fill, opacity), grey)
     edges = np.zeros((height, width), bool)
     edges[:, 1:] |= index[:, 1:] != index[:, :-1]
     edges[1:] |= index[1:] != index[:-1]
