@@ -85,6 +85,10 @@ def load(
     >>> load("lite")
     >>> load(coarse="gtformer_cub.pth", sam="vit_h", sam_checkpoint="sam_vit_h_4b8939.pth", sam_input=224)
     """
+    if not isinstance(name_or_dir, (str, os.PathLike)):
+        raise ConfigError(f"the model must be a name, a path or a Localizer, not {type(name_or_dir).__name__}")
+    if sam is None and sam_checkpoint is not None:
+        raise ConfigError("sam_checkpoint needs sam: 'vit_b', 'vit_l', 'vit_h' or 'lite', the SAM that it is for")
     chosen = _sort_options(options)
     groups: dict[str, dict[str, Any]] = {group: {} for group in chosen}
     own_sam = sam_checkpoint is not None or isinstance(sam, nn.Module) or sam not in (None, "lite")
@@ -120,6 +124,8 @@ def load(
 
 def load_sam(sam: str | None = None, checkpoint: str | os.PathLike | None = None) -> tuple[Sam, dict[str, Any]]:
     """A SAM by name, the bundled one by default, and the options of `MaskGenerator` that suit it."""
+    if sam is None and checkpoint is not None:
+        raise ConfigError("sam_checkpoint needs sam: 'vit_b', 'vit_l', 'vit_h' or 'lite', the SAM that it is for")
     if checkpoint is None and sam in (None, "lite"):
         lite = _load_lite("lite")
         return lite.sam, _sort_options(lite.defaults)["generator"]

@@ -26,6 +26,7 @@ from .matching import MatchResult, NoMaskError, match
 __all__ = ["Localizer", "PhotoNet", "resolve_device"]
 
 BOX_RULES = ("otsu_union", "largest")
+_MAX_SAM_INPUT = 8192
 _AUTO_BATCH = {"cpu": 4, "cuda": 16}
 _AUTO_PIXELS = {"cpu": 8_000_000, "cuda": 32_000_000}  # a batch holds no more than this, or one photo
 
@@ -109,8 +110,8 @@ class Localizer:
         max_pixels: int | None = MAX_PIXELS,
         device: str | torch.device = "auto",
     ):
-        if sam_input != "native" and not (_is_int(sam_input) and sam_input >= 1):
-            raise ConfigError(f"sam_input must be 'native' or a number of pixels, not {sam_input!r}")
+        if sam_input != "native" and not (_is_int(sam_input) and 1 <= sam_input <= _MAX_SAM_INPUT):
+            raise ConfigError(f"sam_input must be 'native' or 1 to {_MAX_SAM_INPUT} pixels, not {sam_input!r}")
         if box not in BOX_RULES:
             raise ConfigError(f"box must be one of {', '.join(BOX_RULES)}, not {box!r}")
         for name, value, lowest in (("candidates", candidates, 0), ("max_pixels", max_pixels, 1)):
@@ -128,7 +129,7 @@ class Localizer:
         self.matching = _known(matching, match)
         with suppress(NoMaskError):  # check the values now, not at the first photo
             match(MaskGallery.empty((1, 1)), torch.zeros(1, 1), **self.matching)
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names = _names(class_names)
         self.sam_input, self.box, self.min_region_box = sam_input, box, min_region_box
         self.candidates, self.max_pixels = candidates, max_pixels
 
@@ -332,7 +333,7 @@ class _Batch:
 def resolve_device(device: str | torch.device) -> torch.device:
     """"auto" -> CUDA where a GPU works, else CPU; anything else as torch.device reads it.
 
-    Raises ConfigError for an unknown device and BackendError for a CUDA device that isn't there.
+    Raises ConfigError for an unknown device and BackendError for one that isn't there.
     """
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -344,7 +345,23 @@ def resolve_device(device: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise BackendError(f"no device '{device}': torch finds {count} usable CUDA devices; use device='cpu'")
+    elif device.type == "meta":
+        raise ConfigError("device 'meta' computes nothing: use 'auto', 'cpu', 'cuda' or 'cuda:0'")
+    elif device.type != "cpu":
+        try:
+            torch.zeros(1, device=device)
+        except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device type
+            reason = str(error).partition("\n")[0]
+            raise BackendError(f"no device '{device}': {reason}; use device='cpu'") from error
     return device
+
+
+def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError("class_names must be a list of strings, one for each class")
+    return tuple(names)
 
 
 def _known(options: Mapping[str, Any] | None, function: Callable) -> dict[str, Any]:
