@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
+import yaml
+from jsonargparse import (
+    ActionConfigFile,
+    ActionYesNo,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    get_loader,
+    set_loader,
+)
 
 from . import __version__
 from .errors import ConfigError, Pro2SamError
@@ -83,46 +94,112 @@ class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
+class _Parser(ArgumentParser):
+    """Says in one sentence what is wrong with the command line or the configuration file."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=_Help, parser_mode=_CONFIG_MODE, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(message.split()).rstrip(".")
+        message = re.sub(r'Parser key "([\w.]+)"', lambda key: "--" + key[1].replace("_", "-"), message)
+        message = re.sub("^Problems parsing config", "--config", message)
+        program = self.prog.replace(" [options]", "")
+        _tell(f"{program}: {message}; see {program} --help", sys.stderr)
+        self.exit(USAGE)
+
+
+class _BadValue(argparse.ArgumentTypeError, ValueError):
+    """What an option's type raises: argparse and the configuration reader look for different classes."""
+
+
+def _whole(value: Any) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise _BadValue(f"expected a whole number, not '{value}'") from None
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        raise _BadValue(f"expected a number, not '{value}'") from None
+
+
+def _true_or_false(value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise _BadValue(f"expected true or false, not '{value}'")
+    return str(value).lower() == "true"
+
+
+_CONFIG_MODE = "pro2sam-fast"
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML in which `source` may be one path instead of a list."""
+    loaded = get_loader("yaml")(text)
+    if isinstance(loaded, dict) and "source" in loaded:
+        source = loaded["source"]
+        loaded["source"] = source = [source] if isinstance(source, str) else source
+        if not isinstance(source, list) or not all(isinstance(path, str) for path in source):
+            raise ValueError("source must be a path or a list of paths")
+    return loaded
+
+
+set_loader(_CONFIG_MODE, _load_yaml, exceptions=(yaml.YAMLError, ValueError))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's) and return its exit status."""
     parser, run = _parsers()
     arguments = parser.parse_args(None if argv is None else list(argv))
     command = arguments.subcommand
     try:
-        return run[command](arguments[command])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata, in photos that can be read
+            return run[command](arguments[command])
     except KeyboardInterrupt:
         print("interrupted; finished photos are kept, continue with --resume", file=sys.stderr)
         return INTERRUPTED
     except ConfigError as error:
-        print(f"pro2sam-fast {command}: {error}", file=sys.stderr)
+        _tell(f"pro2sam-fast {command}: {error}", sys.stderr)
         return USAGE
     except Pro2SamError as error:
-        print(f"pro2sam-fast {command}: {error}", file=sys.stderr)
+        _tell(f"pro2sam-fast {command}: {error}", sys.stderr)
         return INCOMPLETE
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
-        print(f"pro2sam-fast {command}: cannot write {where}{error.strerror or error}", file=sys.stderr)
+        _tell(f"pro2sam-fast {command}: cannot write {where}{error.strerror or error}", sys.stderr)
         return INCOMPLETE
 
 
+def _plain(text: str, stream) -> str:
+    """One line that the stream can take, whatever characters file names bring."""
+    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _tell(text: str, stream) -> None:
+    print(_plain(text, stream), file=stream)
+
+
 def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
-    parser = ArgumentParser(
-        prog="pro2sam-fast", description=_DESCRIPTION, version=__version__, formatter_class=_Help, default_env=False
-    )
+    parser = _Parser(prog="pro2sam-fast", description=_DESCRIPTION, version=__version__, default_env=False)
     commands = parser.add_subcommands(required=True, dest="subcommand", metavar="COMMAND")
     commands.add_subcommand("localize", _localize_parser(), help="find the object in every photo")
     commands.add_subcommand("masks", _masks_parser(), help="segment everything in every photo")
-    doctor = ArgumentParser(description="Say which back ends loaded, which didn't and why.", formatter_class=_Help)
+    doctor = _Parser(description="Say which back ends loaded, which didn't and why.")
     commands.add_subcommand("doctor", doctor, help="say what runs on this machine")
     commands.add_subcommand("train", _train_parser(), help="train the bundled models again")
     return parser, {"localize": _localize, "masks": _masks, "doctor": _doctor, "train": _train}
 
 
 def _localize_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         description=_LOCALIZE,
         usage="pro2sam-fast localize SOURCE... --output DIR [options]",
-        formatter_class=_Help,
     )
     _add_run_options(parser)
     group = parser.add_argument_group("results")
@@ -139,49 +216,54 @@ def _localize_parser() -> ArgumentParser:
     group.add_argument("--masks", action=_yes_no(), default=False, help="write masks as PNG files to DIR/masks")
     group = parser.add_argument_group("model")
     group.add_argument("--model", type=str, default="lite", metavar="NAME", help="'lite' (bundled) or a model folder")
-    group.add_argument("--coarse", type=str | None, metavar="FILE", help="official GTFormer or SAT checkpoint instead")
+    group.add_argument(
+        "--coarse",
+        type=str,
+        metavar="FILE",
+        help="find the object's rough place with this official GTFormer or SAT checkpoint instead",
+    )
     _add_sam_options(group)
     group.add_argument(
         "--sam-input",
         type=str,
         default="native",
-        metavar="SIDE",
-        help="'native' or the side of a square, 224 for the paper's protocol",
+        metavar="N",
+        help="what SAM sees: the photo as it is ('native'), or squeezed to N x N pixels (224 in the paper)",
     )
     group = parser.add_argument_group("matching")
     group.add_argument(
-        "--prompt-threshold", type=float | None, metavar="X", help="coarse map values above it are the prompt"
+        "--prompt-threshold",
+        type=_number,
+        metavar="X",
+        help="what the coarse map (0 to 1) must exceed to count as object",
     )
     group.add_argument(
         "--match-resolution",
-        type=Literal["mask", "official14"] | None,
-        metavar="{mask,official14}",
-        help="where masks are compared",
+        choices=["mask", "official14"],
+        help="compare at the photo's resolution, or on a 14 x 14 grid as the authors' code does",
     )
     group.add_argument(
         "--drop-full-frame",
-        type=bool | None,
+        type=_true_or_false,
         metavar="{true,false}",
-        help="leave out masks that reach all four borders",
+        help="never choose a mask that reaches all four borders",
     )
     group.add_argument(
-        "--min-score", type=float | None, metavar="X", help="fall back to the coarse map at or below this IoU"
+        "--min-score", type=_number, metavar="X", help="use the coarse map itself if no mask matches better than this"
     )
     group.add_argument(
         "--box",
-        type=Literal["otsu_union", "largest"] | None,
-        metavar="{otsu_union,largest}",
-        help="box around all regions or the largest one",
+        choices=["otsu_union", "largest"],
+        help="box around all regions of the mask, or its largest one",
     )
     _add_generator_options(parser)
     return parser
 
 
 def _masks_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         description=_MASKS,
         usage="pro2sam-fast masks SOURCE... --output DIR [options]",
-        formatter_class=_Help,
     )
     _add_run_options(parser)
     group = parser.add_argument_group("results")
@@ -195,14 +277,13 @@ def _masks_parser() -> ArgumentParser:
 
 
 def _train_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         description=_TRAIN,
         usage="pro2sam-fast train lite --data DIR --run DIR [--stages NAMES]",
-        formatter_class=_Help,
     )
-    parser.add_argument("what", type=Literal["lite"], metavar="lite", help="the bundled GTFormer-lite and SAM-lite")
-    parser.add_argument("--data", type=str | None, metavar="DIR", help="folder with the data sets")
-    parser.add_argument("--run", type=str | None, metavar="DIR", help="folder for logs, checkpoints and the result")
+    parser.add_argument("what", choices=["lite"], metavar="lite", help="the bundled GTFormer-lite and SAM-lite")
+    parser.add_argument("--data", type=str, metavar="DIR", help="folder with the data sets")
+    parser.add_argument("--run", type=str, metavar="DIR", help="folder for logs, checkpoints and the result")
     parser.add_argument(
         "--stages",
         type=str,
@@ -228,18 +309,24 @@ def _add_run_options(parser: ArgumentParser) -> None:
         help="photo, folder (searched recursively) or quoted glob",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--output", type=str | None, metavar="DIR", help="folder for the results, made if missing")
+    group.add_argument("--output", type=str, metavar="DIR", help="folder for the results, made if missing")
     group.add_argument(
         "--on-error",
-        type=Literal["skip", "raise"],
+        choices=["skip", "raise"],
         default="skip",
         help="at a photo that can't be used: record the error and go on, or stop",
     )
-    group.add_argument("--resume", action=_yes_no(), default=False, help="continue an interrupted run in DIR")
-    group.add_argument("--device", type=str, default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--batch-size", type=str, default="auto", metavar="N", help="photos a pass, or auto")
+    group.add_argument("--resume", action=_yes_no(), default=False, help="continue the interrupted run in DIR")
     group.add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="refuse files with more pixels; 0 for no limit"
+        "--device", type=str, default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N"
+    )
+    group.add_argument("--batch-size", type=str, default="auto", metavar="N", help="photos per pass, or auto")
+    group.add_argument(
+        "--max-pixels",
+        type=_whole,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse files with more pixels; 0 for no limit",
     )
     group.add_argument("--quiet", action=_yes_no(), default=False, help="no progress bar")
 
@@ -247,37 +334,41 @@ def _add_run_options(parser: ArgumentParser) -> None:
 def _add_sam_options(group) -> None:
     group.add_argument(
         "--sam",
-        type=Literal["lite", "vit_b", "vit_l", "vit_h"] | None,
-        metavar="{lite,vit_b,vit_l,vit_h}",
-        help="another SAM",
+        choices=["lite", "vit_b", "vit_l", "vit_h"],
+        help="make the masks with this SAM instead; vit_* need --sam-checkpoint",
     )
     group.add_argument(
-        "--sam-checkpoint", type=str | None, metavar="FILE", help="its weights, or 'official' to download"
+        "--sam-checkpoint",
+        type=str,
+        metavar="FILE",
+        help="weights for --sam, or 'official' to download them (0.4 to 2.6 GB)",
     )
 
 
-_GENERATOR_OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "points_per_side": (int | None, "N", "grid of n x n point prompts"),
-    "points_per_batch": (int | None, "N", "prompts decoded at once, a bound on memory"),
-    "pred_iou_thresh": (float | None, "X", "keep masks whose predicted IoU is above it"),
-    "stability_score_thresh": (float | None, "X", "keep masks at least this stable"),
-    "stability_score_offset": (float | None, "X", "logit shift that stability is measured with"),
-    "box_nms_thresh": (float | None, "X", "box IoU above which the weaker of two masks goes"),
-    "crop_n_layers": (int | None, "N", "layers of crops segmented besides the whole photo"),
-    "min_mask_region_area": (int | None, "N", "fill holes and drop islands smaller than this many pixels"),
-    "dtype": (
-        Literal["float32", "bfloat16", "float16"] | None,
-        "{float32,bfloat16,float16}",
-        "precision of the networks",
+_GENERATOR_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "points_per_side": ({"type": _whole, "metavar": "N"}, "ask SAM at N x N points; more find smaller things, slower"),
+    "points_per_batch": ({"type": _whole, "metavar": "N"}, "points at a time, a bound on memory"),
+    "pred_iou_thresh": ({"type": _number, "metavar": "X"}, "keep masks that SAM rates above this quality (0 to 1)"),
+    "stability_score_thresh": ({"type": _number, "metavar": "X"}, "keep masks at least this stable (0 to 1)"),
+    "stability_score_offset": ({"type": _number, "metavar": "X"}, "logit shift that stability is measured with"),
+    "box_nms_thresh": (
+        {"type": _number, "metavar": "X"},
+        "of two masks whose boxes overlap more (IoU), keep the better",
     ),
+    "crop_n_layers": (
+        {"type": _whole, "metavar": "N"},
+        "also segment N layers of ever smaller crops, for small things",
+    ),
+    "min_mask_region_area": ({"type": _whole, "metavar": "N"}, "fill holes and drop islands of fewer pixels"),
+    "dtype": ({"choices": ["float32", "bfloat16", "float16"]}, "precision of the networks"),
 }
 _MATCHING_OPTIONS = ("prompt_threshold", "match_resolution", "drop_full_frame", "min_score", "box")
 
 
 def _add_generator_options(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("mask gallery", "Defaults are the model's.")
-    for name, (kind, metavar, text) in _GENERATOR_OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    group = parser.add_argument_group("mask gallery", "Which masks there are to choose from. Defaults are the model's.")
+    for name, (kind, text) in _GENERATOR_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
 
 
 def _localize(arguments: Namespace) -> int:
@@ -398,7 +489,7 @@ def _expand(arguments: Namespace) -> list[Source]:
         else:
             sources.append(source)
     if left_out:
-        print(f"left out {left_out} pictures below '{arguments.output}': they are outputs", file=sys.stderr)
+        _tell(f"left out {left_out} pictures below '{arguments.output}': they are outputs", sys.stderr)
     return sources
 
 
@@ -442,7 +533,7 @@ class _Progress:
         if error is not None:
             self.skipped += 1
             if self.skipped <= _SHOWN_SKIPS:
-                self._bar.write(f"skipped: {error}", file=sys.stderr)
+                self._bar.write(_plain(f"skipped: {error}", sys.stderr), file=sys.stderr)
             elif self.skipped == _SHOWN_SKIPS + 1:
                 self._bar.write("more photos are being skipped, see the records' error", file=sys.stderr)
         self._bar.update()
@@ -457,7 +548,8 @@ def _finish(run: _Progress, records, output: str) -> int:
     errors = [record["error"] is not None for record in records]
     rate = f"{run.done / run.seconds:.2f} photos/s" if run.done else "nothing left to do"
     skipped = sum(errors)
-    print(f"{len(errors) - skipped} of {len(errors)} photos done, {skipped} skipped ({rate}); results in {output}")
+    summary = f"{len(errors) - skipped} of {len(errors)} photos done, {skipped} skipped ({rate}); results in {output}"
+    _tell(summary, sys.stdout)
     return INCOMPLETE if any(errors) else OK
 
 

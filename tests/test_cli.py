@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -217,11 +219,73 @@ def test_output_is_required(run, photos):
     assert "--output DIR" in run.stderr
 
 
-@pytest.mark.parametrize("arguments", ["", "localise", "localize x --fromat coco", "localize x --on-error no"])
-def test_wrong_arguments(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "COMMAND|subcommand"),
+        ("localise", "localise.*choose from"),
+        ("localize x --fromat coco", "--fromat"),
+        ("localize x --on-error no", "--on-error.*'no'.*skip.*raise"),
+        ("localize x --points-per-side many", "--points-per-side: expected a whole number, not 'many'"),
+        ("localize x --min-score high", "--min-score: expected a number, not 'high'"),
+        ("localize x --drop-full-frame 3", "--drop-full-frame: expected true or false"),
+        ("masks x --sam vit_x", "--sam.*'vit_x'.*vit_b"),
+        ("localize --config missing.yaml", "--config.*missing.yaml"),
+    ],
+)
+def test_wrong_arguments(arguments, words, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments.split())
-    assert caught.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and re.search(words, message) and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("source: 5", "--config: source must be a path or a list of paths"),
+        ("source: [1", "--config: .*line 1"),
+        ("points_per_side: many", "--points-per-side: expected a whole number"),
+        ("sam: vit_x", "--sam: 'vit_x' not among choices"),
+    ],
+)
+def test_wrong_config_file(tmp_path, text, words, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["localize", "--config", str(tmp_path / "run.yaml")])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and re.search(words, message) and message.count("\n") == 1
+
+
+def test_config_file_with_one_source(run, photos, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"source: {photos / 'a.png'}\noutput: {tmp_path / 'out'}\n")
+    assert run("localize", "--config", tmp_path / "run.yaml", out=None) == 0
+    assert [record["path"] for record in records(tmp_path / "out")] == [str(photos / "a.png")]
+
+
+def test_strange_file_names(run, photos, tmp_path):
+    names = [b"caf\xe9.png", b"line\nbreak.png", b"a b.png", b"\xf0\x9f\x90\xb1.png", b"%s{0}[1].png"]
+    folder = os.fsencode(tmp_path / "odd")
+    os.mkdir(folder)
+    try:
+        for name in names:
+            Path(os.fsdecode(os.path.join(folder, name))).write_bytes((photos / "a.png").read_bytes())
+            Path(os.fsdecode(os.path.join(folder, b"bad" + name))).write_bytes(b"bad")
+    except OSError:
+        pytest.skip("this file system wants UTF-8 names")
+    formats = ("--format", "coco,voc,yolo,labelstudio", "--masks")
+    assert run("localize", os.fsdecode(folder), *formats, out=os.fsdecode(b"out\xff")) == 1
+    found = records(tmp_path / os.fsdecode(b"out\xff"))
+    assert {os.fsencode(os.path.basename(one["path"])) for one in found if one["error"] is None} == set(names)
+    assert "5 of 10 photos done, 5 skipped" in run.stdout and run.stdout.count("\n") == 1
+    assert "badline\\nbreak.png" in run.stderr and "badcaf\\udce9.png" in run.stderr
+
+
+def test_messages_suit_the_stream():
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    cli._tell("caf\udce9 \u732b\n", narrow)
+    narrow.flush()
+    assert narrow.buffer.getvalue() == b"caf\\udce9 \\u732b\\n\n"
 
 
 def test_unknown_model(photos, tmp_path, capsys):
