@@ -26,8 +26,8 @@ class GTFormerLiteConfig:
     the map to the trunk's class activation map, see `seed_loss`."""
 
     views: tuple[int, ...] = (8, 3, 3)
-    steps: int = 300
-    batch: int = 63
+    steps: int = 450
+    batch: int = 90
     lr: float = 1e-3
     warmup: int = 50
     weight_decay: float = 0.05
