@@ -1,6 +1,6 @@
 """Accuracy of the bundled `lite` model (or of a model folder) on annotated photos, as JSON rows.
 
-    python benchmarks/accuracy.py --data DATA [--model lite] [--parts cub,clicks,things,labels]
+    python benchmarks/accuracy.py --data DATA [--model lite] [--parts cub,cam,clicks,things,labels]
 
 DATA holds cub10/CUB_200_2011, coco200 and imagenet1k_one_per_class (see pro2sam_fast/weights/README.md). Rows are
 appended to benchmarks/results/accuracy.jsonl, or to --output.
@@ -21,7 +21,7 @@ import torch
 import pro2sam_fast
 from pro2sam_fast.eval import lite_accuracy as accuracy
 
-PARTS = ("cub", "clicks", "things", "labels")
+PARTS = ("cub", "cam", "clicks", "things", "labels")
 
 
 def git(*arguments: str) -> str:
@@ -46,6 +46,10 @@ def measure(part: str, localizer, data: Path, split: str) -> tuple[str, int, dic
         metrics |= {f"source_{s}": sum(r.source == s for r in results) for s in ("sam", "coarse", "full")}
         metrics["median_ms"] = float(torch.tensor([r.speed["total"] for r in results]).median())
         return f"GT-known, CUB-10 {split} boxes", len(photos), metrics
+    if part == "cam":
+        photos = accuracy.cub_photos(data / "cub10/CUB_200_2011", split)
+        metrics = accuracy.cam_accuracy(localizer, photos)
+        return f"GT-known, CUB-10 {split} boxes, plain CAM of the trunk at 0.3", len(photos), metrics
     coco_split = "val" if split == "test" else "train"
     if part == "labels":
         paths = sorted((data / "imagenet1k_one_per_class").iterdir())

@@ -17,6 +17,7 @@ from ..models.sam import Sam
 from ..pipelines.pro2sam import Localizer
 from ..predictor import SamPredictor
 from ..results import Localization
+from ..train.lite_gtformer import class_activation_map
 
 IOUS = (0.5, 0.7, 0.9)
 
@@ -48,6 +49,19 @@ def map_accuracy(maps: np.ndarray, sizes: Sequence[tuple[int, int]], photos: Seq
         boxes.append(np.array(map_box(m, threshold)) * np.array([w, h, w, h]) / 224)
         truth.append(np.clip(photo.box, 0, [w, h, w, h]))
     return box_accuracy(boxes, truth)
+
+
+@torch.inference_mode()
+def cam_accuracy(localizer: Localizer, photos: Sequence[CubPhoto], threshold: float = 0.3) -> dict[str, float]:
+    """The baseline: the trunk's class activation map of its likeliest class, box of the largest component."""
+    head = localizer.classifier.model
+    maps, sizes = [], []
+    for photo in photos:
+        image = read_image(photo.path)
+        x = head.renormalise(localizer.classifier.prepare(image).unsqueeze(0))
+        maps.append(class_activation_map(head.trunk, head.trunk.features(x)[-1], classes=1)[0].numpy())
+        sizes.append(image.shape[:2])
+    return map_accuracy(np.stack(maps), sizes, photos, threshold)
 
 
 def coco_things(root: str | Path, split: str = "val") -> list[tuple[SegmentedPhoto, list[int]]]:
