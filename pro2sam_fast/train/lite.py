@@ -34,7 +34,12 @@ SOURCES = {
     "imagenet1k_one_per_class": "one photo for each ImageNet class; sorted names are class indices",
     "foreground": "8-bit foreground masks for cub10, caltech101_24 and imagenet1k_one_per_class",
 }
-LITE_DEFAULTS = {"points_per_side": 16, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
+LITE_DEFAULTS = {
+    "points_per_side": 16,
+    "pred_iou_thresh": 0.5,
+    "stability_score_thresh": 0.6,
+    "min_mask_region_area": 100,
+}
 STAGES = ("sam", "gtformer", "bundle")
 
 
