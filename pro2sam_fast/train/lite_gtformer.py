@@ -101,7 +101,8 @@ def class_activation_map(trunk: EfficientNetLite0, f32: Tensor, classes: int = 2
     """
     net = trunk.net
     h = net.bn2(net.conv_head(f32))
-    weight, index = net.classifier(h.mean((2, 3))).softmax(1).topk(classes, dim=1)
+    scores = net.classifier(h.mean((2, 3))).softmax(1)
+    weight, index = scores.topk(min(classes, scores.shape[1]), dim=1)
     maps = torch.einsum("bkd,bdhw->bkhw", net.classifier.weight[index], h).relu()
     cam = (maps * weight[:, :, None, None]).sum(1)
     low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
