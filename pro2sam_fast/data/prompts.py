@@ -24,7 +24,7 @@ _MIN_AREA = 24
 class PromptBatch:
     """Bi photos, n prompts each, B = Bi * n, grouped by photo. S is the input size, m = S / 4 the logits' size.
 
-    images: float (Bi, 3, S, S), RGB 0..255 minus nothing, zero padded; valid: bool (Bi, S, S), False on padding.
+    images: float (Bi, 3, S, S), RGB in 0..255, zero padded; valid: bool (Bi, S, S), False on padding.
     labels: uint8 (Bi, S, S), one annotator's label map, 0 unlabelled.
     points: float (B, N, 2) as (x, y); point_labels: int64 (B, N); boxes: float (B, 4); use_box: bool (B,).
     targets: float (B, 3, m, m) in [0, 1] (share of the cell that is covered); target_valid: bool (B, 3).
