@@ -291,6 +291,12 @@ def _train_parser() -> ArgumentParser:
         metavar="NAMES",
         help="comma-separated, to run a part; an interrupted stage continues where it stopped",
     )
+    parser.add_argument(
+        "--start",
+        type=str | None,
+        metavar="NAME",
+        help="begin SAM-lite with these weights: 'lite' (bundled) or a lite file or folder; random if not given",
+    )
     return parser
 
 
@@ -418,7 +424,7 @@ def _train(arguments: Namespace) -> int:
     from .train.lite import train_lite
 
     stages = [name for name in arguments.stages.replace(" ", "").split(",") if name]
-    print(train_lite(arguments.data, arguments.run, stages) or arguments.run)
+    print(train_lite(arguments.data, arguments.run, stages, start=arguments.start) or arguments.run)
     return OK
 
 

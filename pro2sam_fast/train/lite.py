@@ -19,12 +19,12 @@ from ..data.cub import load_cub
 from ..data.segments import SegmentedPhoto, bsds, coco_panoptic, foreground
 from ..errors import ConfigError, DataError
 from ..models.gtformer import GTFormer
-from ..models.lite import LabelHead, LiteModel, make_gtformer_lite, save_lite
+from ..models.lite import LabelHead, LiteModel, load_sam_lite, make_gtformer_lite, save_lite
 from ..models.sam.lite import make_sam_lite
 from ..models.trunk import EfficientNetLite0, load_pretrained_trunk
 from .checkpoint import load_latest, save_checkpoint
 from .lite_gtformer import GTFormerLiteConfig, LabelledPhotos, cache_features, train_gtformer_lite
-from .lite_sam import SamLiteConfig, train_sam_lite
+from .lite_sam import SamLiteConfig, train_sam_lite, trainable_state
 
 SOURCES = {
     "coco200": "COCO 2017 photos with panoptic annotations (images/, annotations/panoptic_*)",
@@ -99,9 +99,11 @@ def imagenet_names(paths: Sequence[Path]) -> list[str]:
     return [path.stem.split("_", 1)[1].replace("_", " ") for path in paths]
 
 
-def train_sam_stage(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) -> None:
+def train_sam_stage(
+    data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0, start: dict[str, torch.Tensor] | None = None
+) -> None:
+    """The phases of SAM-lite; ``start`` holds weights to begin with instead of random ones."""
     photos = segmented_photos(data)
-    start = None
     for number, config in enumerate(recipe.sam):
         torch.manual_seed(config.seed)
         sam = make_sam_lite(trunk)
@@ -156,11 +158,18 @@ def _latest(folder: Path) -> dict:
 
 
 def train_lite(
-    data: str | Path, run: str | Path, stages: Sequence[str] = STAGES, recipe: LiteRecipe | None = None
+    data: str | Path,
+    run: str | Path,
+    stages: Sequence[str] = STAGES,
+    recipe: LiteRecipe | None = None,
+    start: str | Path | None = None,
 ) -> Path | None:
     """Runs the stages, see the module; returns the weights file if it was bundled.
 
+    ``start``: weights SAM-lite begins with, ``lite`` (the bundled ones) or a lite file or folder; None for random.
+
     Raises:
+        CheckpointError: ``start`` can't be used.
         DataError: a folder of :data:`SOURCES` is missing, or a file in it is malformed.
         ConfigError: unknown stage, or a stage whose predecessor has not run.
     """
@@ -175,7 +184,10 @@ def train_lite(
     run.mkdir(parents=True, exist_ok=True)
     trunk = load_pretrained_trunk()
     if "sam" in stages:
-        train_sam_stage(data, run, recipe, trunk)
+        weights = None
+        if start is not None:
+            weights = trainable_state(load_sam_lite(None if str(start) == "lite" else start))
+        train_sam_stage(data, run, recipe, trunk, weights)
     if "gtformer" in stages:
         train_gtformer_stage(data, run, recipe, trunk)
     return bundle(data, run, recipe, trunk) if "bundle" in stages else None

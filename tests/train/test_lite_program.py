@@ -15,6 +15,7 @@ from pro2sam_fast.cli import main
 from pro2sam_fast.errors import ConfigError
 from pro2sam_fast.models.trunk import EfficientNetLite0
 from pro2sam_fast.train import lite
+from pro2sam_fast.train.checkpoint import load_latest
 from pro2sam_fast.train.lite_gtformer import GTFormerLiteConfig
 from pro2sam_fast.train.lite_sam import SamLiteConfig
 
@@ -103,6 +104,11 @@ def test_from_photos_to_a_model_folder(data, tiny, tmp_path):
     lite.train_lite(data, tmp_path, recipe=tiny)
     assert all(torch.equal(value, first[name]) for name, value in load_file(path).items())
     assert before == {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
+    # another run can begin with these weights; a learning rate of zero leaves them as they are
+    tiny.sam = [SamLiteConfig(steps=1, size=64, batch=2, prompts=2, lr=0.0, final_lr=0.0)]
+    lite.train_lite(data, tmp_path / "next", stages=["sam"], recipe=tiny, start=tmp_path)
+    weights = load_latest(tmp_path / "next" / "sam0")["model"]
+    assert all(torch.equal(value, first[f"sam.{name}"].float()) for name, value in weights.items())
 
 
 def test_stages_in_the_wrong_order(data, tiny, tmp_path):
