@@ -293,7 +293,7 @@ def _train_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--start",
-        type=str | None,
+        type=str,
         metavar="NAME",
         help="begin SAM-lite with these weights: 'lite' (bundled) or a lite file or folder; random if not given",
     )
@@ -378,7 +378,7 @@ def _add_generator_options(parser: ArgumentParser) -> None:
 
 
 def _localize(arguments: Namespace) -> int:
-    formats = check_formats([name for name in arguments.format.replace(" ", "").split(",") if name])
+    formats = check_formats(_names(arguments.format))
     sources = _expand(arguments)
     model = {name: arguments[name] for name in ("model", "coarse", "sam", "sam_checkpoint")}
     options = _chosen(arguments, (*_GENERATOR_OPTIONS, *_MATCHING_OPTIONS))
@@ -423,8 +423,8 @@ def _train(arguments: Namespace) -> int:
 
     from .train.lite import train_lite
 
-    stages = [name for name in arguments.stages.replace(" ", "").split(",") if name]
-    print(train_lite(arguments.data, arguments.run, stages, start=arguments.start) or arguments.run)
+    weights = train_lite(arguments.data, arguments.run, _names(arguments.stages), start=arguments.start)
+    _tell(str(weights or arguments.run), sys.stdout)
     return OK
 
 
@@ -502,6 +502,10 @@ def _expand(arguments: Namespace) -> list[Source]:
 def _chosen(arguments: Namespace, names) -> dict[str, Any]:
     """The options that were given; the others keep the model's defaults."""
     return {name: arguments[name] for name in names if arguments[name] is not None}
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.replace(" ", "").split(",") if name]
 
 
 def _number_or(text: str, word: str, option: str) -> int | str:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from pro2sam_fast.models.sam.build import build_vit_sam
+
 segment_anything = pytest.importorskip("segment_anything")
 
 
@@ -26,3 +28,18 @@ def records(sam, image, **options):
         return segment_anything.SamAutomaticMaskGenerator(sam, **options).generate(image)
     finally:
         sam.postprocess_masks = resize
+
+
+def small_vit_sam():
+    """Our SAM in small, with the random weights of seed 0: 128-pixel input, 8 x 8 embedding of width 64."""
+    torch.manual_seed(0)
+    return build_vit_sam(
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        global_attn_indexes=(1,),
+        window_size=3,
+        img_size=128,
+        width=64,
+        decoder_mlp_dim=128,
+    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from original import records
+from original import records, small_vit_sam
 from segment_anything.utils import amg
 from torch import nn
 
@@ -240,17 +240,7 @@ def same(a: MaskGallery, b: MaskGallery) -> bool:
 
 @pytest.fixture(scope="module")
 def small_sam():
-    torch.manual_seed(0)
-    sam = build_vit_sam(
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        global_attn_indexes=(1,),
-        window_size=3,
-        img_size=128,
-        width=64,
-        decoder_mlp_dim=128,
-    )
+    sam = small_vit_sam()
     with torch.no_grad():
         sam.image_encoder.pos_embed.normal_(std=0.5)
         for name, p in sam.mask_decoder.named_parameters():

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from original import segment_anything, small_vit_sam
 
 from pro2sam_fast.errors import ConfigError, ImageReadError
-from pro2sam_fast.models.sam.build import build_vit_sam, to_segment_anything
+from pro2sam_fast.models.sam.build import to_segment_anything
 from pro2sam_fast.predictor import ImageNotSetError, SamPredictor
-
-segment_anything = pytest.importorskip("segment_anything")
 
 CENTRE = {"point_coords": np.array([[40, 30]]), "point_labels": np.array([1])}
 PROMPTS = {
@@ -35,17 +34,7 @@ def photo(height, width, seed=0):
 
 @pytest.fixture(scope="module")
 def sam():
-    torch.manual_seed(0)
-    return build_vit_sam(
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        global_attn_indexes=(1,),
-        window_size=3,
-        img_size=128,
-        width=64,
-        decoder_mlp_dim=128,
-    )
+    return small_vit_sam()
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"Checkpoint {path} is not a file; give the .pth, .pt or .safetensors file itself.")
     try:
-        loaded = _read(path)
+        loaded = read_file(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):
             raise CheckpointError(
@@ -62,7 +62,12 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     return _named_tensors(loaded, path)
 
 
-def _read(path: Path) -> object:
+def read_file(path: str | os.PathLike) -> object:
+    """Content of a weights file on the CPU, raising whatever its reader raises. No code of the file runs.
+
+    Training programs store their options next to the weights, so `argparse.Namespace` passes.
+    """
+    path = Path(path)
     if path.suffix.lower() == ".safetensors":
         from safetensors.torch import load_file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .checkpoints import read_file
 
 __all__ = ["ARCHS", "convert_official", "copy_deit", "download_deit", "read_state_dict"]
 
@@ -62,13 +62,7 @@ def _read_file(path: str) -> object:
     if not os.path.isfile(path):
         raise CheckpointError(f"checkpoint {path} doesn't exist or isn't a file")
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # training programs store their options next to the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return read_file(path)
     except Exception as error:  # a hostile or damaged file can fail anywhere inside the reader
         reason = "is damaged or holds objects other than tensors and plain values"
         if isinstance(error, OSError):

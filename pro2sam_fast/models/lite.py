@@ -24,6 +24,7 @@ from .trunk import FEATURE_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite0
 WEIGHTS = Path(__file__).parent.parent / "weights" / "lite.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_SHARED = {"gtformer": "patch_embed.trunk.", "sam": "image_encoder.trunk."}
 GTFORMER_LITE = {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0, "drop_path": 0.05}
 
 
@@ -92,9 +93,8 @@ class LiteModel:
 
     coarse: GTFormer-lite. sam: SAM-lite. classifier: the trunk with its ImageNet-1k head. coarse and classifier take
     the photo at 224 x 224 with ImageNet normalisation. All three share the trunk's weights.
-    class_names: of the classifier. coarse_class_names: of the coarse
-    model's own logits. defaults: options of the generator, the matching and the localizer that suit these weights.
-    card: how the weights came about.
+    class_names: of the classifier. coarse_class_names: of the coarse model's own logits. defaults: options of the
+    generator, the matching and the localizer that suit these weights. card: how the weights came about.
     """
 
     coarse: GTFormer
@@ -133,7 +133,10 @@ def load_lite(source: str | Path | None = None) -> LiteModel:
     """
     path = WEIGHTS if source is None else Path(source)
     path = path / WEIGHTS.name if path.is_dir() else path
-    tensors = load_state_dict(path)
+    return _assemble(load_state_dict(path), path)
+
+
+def _assemble(tensors: dict[str, Tensor], path: Path) -> LiteModel:
     try:
         with safe_open(path, "pt") as f:
             metadata = {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k != "format"}
@@ -166,7 +169,7 @@ def load_sam_lite(source: str | Path | None = None) -> Sam:
         return load_lite(source).sam
     tensors = load_state_dict(source)
     if any(name.startswith("sam.") for name in tensors):
-        return load_lite(source).sam
+        return _assemble(tensors, Path(source)).sam
     sam = make_sam_lite()
     load_into(sam, tensors, source)
     return sam
@@ -177,9 +180,7 @@ def _is_names(value: object) -> bool:
 
 
 def _is_shared(part: str, name: str) -> bool:
-    return (part, name.split(".trunk.")[0]) in (("gtformer", "patch_embed"), ("sam", "image_encoder")) and (
-        ".trunk." in name
-    )
+    return part in _SHARED and name.startswith(_SHARED[part])
 
 
 def _keeps_float32(name: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..io import atomic_file
 
 _NAME = re.compile(r"step_(\d+)\.pt$")
 
@@ -20,12 +21,8 @@ def _numbered(run: Path) -> list[tuple[int, Path]]:
 def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Writes ``run/step_<step>.pt`` atomically and deletes all but the newest ``keep``."""
     path = run / f"step_{step:08d}.pt"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as f:
+    with atomic_file(path) as f:
         torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
     for _, old in _numbered(run)[:-keep]:
         old.unlink()
     return path

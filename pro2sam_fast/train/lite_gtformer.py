@@ -18,6 +18,7 @@ from ..models.gtformer import GRID, GTFormer
 from ..models.lite import IMAGENET_MEAN, IMAGENET_STD
 from ..models.trunk import EfficientNetLite0
 from .losses import LossConfig, localization_loss
+from .optimizer import decay_groups
 
 
 @dataclass
@@ -133,11 +134,7 @@ def train_gtformer_lite(
     model.requires_grad_(True)
     model.patch_embed.trunk.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
+    optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.lr)
     offsets = np.cumsum([0] + [len(s.classes) for s, _ in sources]).tolist()
     column_source = torch.repeat_interleave(torch.arange(len(sources)), torch.tensor(offsets).diff())
     share = config.batch // len(sources)

@@ -22,6 +22,7 @@ from ..data.prompts import PromptBatch, PromptDataset
 from ..models.sam import Sam
 from ..models.trunk import EfficientNetLite0
 from .checkpoint import load_latest, save_checkpoint
+from .optimizer import decay_groups
 
 
 @dataclass
@@ -81,15 +82,9 @@ def forward_batch(sam: Sam, trunk: EfficientNetLite0, batch: PromptBatch) -> tup
         features = trunk.features(x)
     embedding = encoder.embed(features)
     pe = prompts.pe_layer((size // 16, size // 16)).unsqueeze(0)
-    encode = prompts.pe_layer.forward_with_coords
-    points = torch.cat([batch.points + 0.5, batch.points.new_zeros(len(batch.points), 1, 2)], 1)
-    labels = torch.cat([batch.point_labels, -torch.ones_like(batch.point_labels[:, :1])], 1).unsqueeze(-1)
-    sparse = torch.where(labels == -1, prompts.not_a_point_embed.weight, encode(points, (size, size)))
-    sparse = sparse + (labels == 0) * prompts.point_embeddings[0].weight
-    sparse = sparse + (labels == 1) * prompts.point_embeddings[1].weight
+    sparse = prompts.embed_points(batch.points, batch.point_labels, pad=True, input_size=(size, size))
     if batch.use_box.any():
-        corners = encode((batch.boxes + 0.5).reshape(-1, 2, 2), (size, size))
-        corners = corners + torch.stack([prompts.point_embeddings[k].weight for k in (2, 3)], 1)
+        corners = prompts.embed_boxes(batch.boxes, (size, size))
         sparse = torch.where(batch.use_box[:, None, None], corners, sparse)
     if batch.rough is None:
         dense = prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
@@ -171,11 +166,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
     trunk = sam.image_encoder.trunk.folded()
     affinity = AffinityHead()
     parameters = [p for p in [*sam.parameters(), *affinity.parameters()] if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
     average = {k: v.clone() for k, v in trainable_state(sam).items()}
     start = 0
     if (state := load_latest(run)) is not None:

@@ -86,21 +86,25 @@ class PromptEncoder(nn.Module):
         """Positional encoding of the image embedding's pixels: (1, D, h, w)."""
         return self.pe_layer(self.image_embedding_size).unsqueeze(0)
 
-    def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
+    def embed_points(
+        self, points: Tensor, labels: Tensor, pad: bool, input_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Points (B, N, 2), labels (B, N) -> (B, N, D), or (B, N + 1, D) with ``pad``, in an (H, W) frame."""
         points = points + 0.5
         if pad:
             points = torch.cat([points, points.new_zeros(points.shape[0], 1, 2)], dim=1)
             labels = torch.cat([labels, -labels.new_ones(labels.shape[0], 1)], dim=1)
-        embedding = self.pe_layer.forward_with_coords(points, self.input_image_size)
+        embedding = self.pe_layer.forward_with_coords(points, input_size or self.input_image_size)
         labels = labels.unsqueeze(-1)
         # label -1 is no position at all: the encoding is replaced, not shifted
         embedding = torch.where(labels == -1, self.not_a_point_embed.weight, embedding)
         embedding = embedding + (labels == 0) * self.point_embeddings[0].weight
         return embedding + (labels == 1) * self.point_embeddings[1].weight
 
-    def _embed_boxes(self, boxes: Tensor) -> Tensor:
+    def embed_boxes(self, boxes: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Boxes (B, 4) -> their two corners (B, 2, D), in an (H, W) frame."""
         corners = (boxes + 0.5).reshape(-1, 2, 2)
-        embedding = self.pe_layer.forward_with_coords(corners, self.input_image_size)
+        embedding = self.pe_layer.forward_with_coords(corners, input_size or self.input_image_size)
         return embedding + torch.stack([self.point_embeddings[2].weight, self.point_embeddings[3].weight], dim=1)
 
     def _embed_masks(self, masks: Tensor) -> Tensor:
@@ -127,10 +131,10 @@ class PromptEncoder(nn.Module):
         sparse = []
         if points is not None:
             batch = points[0].shape[0]
-            sparse.append(self._embed_points(*points, pad=boxes is None))
+            sparse.append(self.embed_points(*points, pad=boxes is None))
         if boxes is not None:
             batch = boxes.shape[0]
-            sparse.append(self._embed_boxes(boxes))
+            sparse.append(self.embed_boxes(boxes))
         if masks is not None:
             batch = masks.shape[0] if not sparse else batch
             dense = self._embed_masks(masks)
