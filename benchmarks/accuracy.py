@@ -1,6 +1,6 @@
 """Accuracy of the bundled `lite` model (or of a model folder) on annotated photos, as JSON rows.
 
-    python benchmarks/accuracy.py --data DATA [--model lite] [--parts cub,cam,clicks,things,labels]
+    python benchmarks/run.py accuracy --data DATA [--model lite] [--parts cub,cam,clicks,things,labels]
 
 DATA holds cub10/CUB_200_2011, coco200 and imagenet1k_one_per_class (see pro2sam_fast/weights/README.md). Rows are
 appended to benchmarks/results/accuracy.jsonl, or to --output.
@@ -9,32 +9,16 @@ appended to benchmarks/results/accuracy.jsonl, or to --output.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from rows import RESULTS, append, environment
 
 import pro2sam_fast
 from pro2sam_fast.eval import lite_accuracy as accuracy
 
 PARTS = ("cub", "cam", "clicks", "things", "labels")
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def measure(part: str, localizer, data: Path, split: str) -> tuple[str, int, dict[str, float]]:
@@ -67,38 +51,32 @@ def measure(part: str, localizer, data: Path, split: str) -> tuple[str, int, dic
     return f"box hits a thing, COCO {coco_split}", len(photos), {"hit@0.5": accuracy.things_hit(results, photos)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="lite")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/accuracy.jsonl")
-    arguments = parser.parse_args()
-    localizer = pro2sam_fast.load(arguments.model, device="cpu", dtype=arguments.dtype)
+    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = torch.device("cpu")
+    localizer = pro2sam_fast.load(arguments.model, device=device, dtype=arguments.dtype)
     for part in arguments.parts.split(","):
         case, photos, metrics = measure(part, localizer, arguments.data, arguments.split)
         row = {
+            "kind": "accuracy",
             "what": "accuracy",
             "case": case,
             "model": arguments.model,
             "dtype": arguments.dtype,
             "photos": photos,
             "metrics": {name: round(value, 4) for name, value in metrics.items()},
-            "commit": git("rev-parse", "--short", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-            "device": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-            "command": f"python benchmarks/accuracy.py --data DATA --model {arguments.model} --parts {part} "
+            **environment(device),
+            "command": f"python benchmarks/run.py accuracy --data DATA --model {arguments.model} --parts {part} "
             f"--split {arguments.split} --dtype {arguments.dtype}",
         }
         print(json.dumps(row), flush=True)
-        with arguments.output.open("a") as f:
-            f.write(json.dumps(row) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        append(arguments.output, row)
+    return 0

@@ -10,6 +10,7 @@ using namespace p2s;
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels. Pointers are integers; the caller has checked every argument.";
 
+  m.attr("sources") = P2S_SOURCES;  // SHA-256 over csrc
   m.def("isa_active", [] { return isa_name(isa_active()); }, "Name of the instruction set that kernels use.");
   m.def(
       "isa_available",

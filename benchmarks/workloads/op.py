@@ -1,0 +1,16 @@
+"""One op at a time: mask matching and mask IoU, gated attention, grid decoding, post-processing, NMS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from case import Case
+
+from . import Options, mask_match
+
+__all__ = ["cases"]
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for module in (mask_match,):
+        yield from module.cases(options)

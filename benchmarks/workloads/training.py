@@ -1,0 +1,5 @@
+"""Training steps of GTFormer-S and SAT-S."""
+
+
+def cases(options):
+    return iter(())
