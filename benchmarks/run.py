@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = list(_chosen(workloads.cases(arguments.kind, workload), arguments))
     if arguments.list:
         for case in cases:
-            print(f"{case.what:<18} {case.dtype:<9} {case.name}{'' if case.default else '   (only by --case or --all)'}")
+            note = "" if case.default else "   (only by --case or --all)"
+            print(f"{case.what:<18} {case.dtype:<9} {case.name}{note}")
         return 0
     if not cases:
         print(f"run.py: no such case; see run.py {arguments.kind} --list", file=sys.stderr)
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
         sub.add_argument("--threads", type=int, default=torch.get_num_threads())
         sub.add_argument("--no-peers", action="store_true", help="measure ours only")
-        sub.add_argument("--seconds", type=float, default=5.0, help="budget of a case, once every call ran --rounds times")
+        sub.add_argument("--seconds", type=float, default=5.0, help="budget of a case; --rounds goes first")
         sub.add_argument("--rounds", type=int, default=3, help="least number of rounds")
         sub.add_argument("--images", type=Path, help="folder of photos (default: examples/images)")
         sub.add_argument("--base", metavar="REV", help="compare with this commit, built in a worktree of its own")
@@ -190,7 +191,8 @@ def _against(arguments: argparse.Namespace, output: Path) -> int:
     """Rows of this checkout and of another commit, three rounds in turns; ours carry the ratio to the other."""
     with tempfile.TemporaryDirectory() as folder:
         tree, site = Path(folder, "tree"), Path(folder, "site")
-        revision = subprocess.check_output(["git", "rev-parse", "--short=10", arguments.base], cwd=ROOT, text=True).strip()
+        ask = ["git", "rev-parse", "--short=10", arguments.base]
+        revision = subprocess.check_output(ask, cwd=ROOT, text=True).strip()
         subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(tree), revision], cwd=ROOT, check=True)
         try:
             install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]

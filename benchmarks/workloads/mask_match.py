@@ -115,8 +115,10 @@ def _coco(module: str, a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]
         coco = __import__(module, fromlist=["iou"])
     except ImportError as error:
         return Skip(str(error))
-    codes = [
-        [code for part in masks.split(64) for code in coco.encode(np.asfortranarray(part.permute(1, 2, 0).cpu().byte()))]
-        for masks in (a, b)
-    ]
-    return lambda: coco.iou(codes[0], codes[1], [0] * len(codes[1]))
+
+    def encode(masks: torch.Tensor) -> list[object]:
+        parts = (np.asfortranarray(part.permute(1, 2, 0).cpu().byte()) for part in masks.split(64))
+        return [code for part in parts for code in coco.encode(part)]
+
+    codes, others = encode(a), encode(b)
+    return lambda: coco.iou(codes, others, [0] * len(others))
