@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from case import Case
 
-from . import Options, mask_match
+from . import Options, decoding, gated_attention, mask_match, nms, postprocess
 
 __all__ = ["cases"]
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for module in (mask_match,):
+    for module in (mask_match, gated_attention, decoding, postprocess, nms):
         yield from module.cases(options)

@@ -18,7 +18,7 @@ from pro2sam_fast.testing import backend_cases, forced_isa
 
 from . import Options
 
-__all__ = ["back_ends", "grid", "original", "photo", "photo_files", "sam"]
+__all__ = ["back_ends", "grid", "in_dtype", "original", "photo", "photo_files", "sam"]
 
 
 def photo_files(options: Options) -> list[Path]:
@@ -50,6 +50,11 @@ def sam(name: str, device: torch.device):
 def original(name: str, device: torch.device):
     """segment_anything's model with the weights of `sam(name)`."""
     return pro2sam_fast.to_segment_anything(sam(name, torch.device("cpu"))).to(device).eval()
+
+
+def in_dtype(options: Options) -> torch.autocast:
+    """Networks inside the block compute in the dtype asked for, ours and the peers' alike."""
+    return torch.autocast(options.device.type, options.torch_dtype, enabled=options.dtype != "float32")
 
 
 def grid(points: int) -> int:

@@ -1,0 +1,126 @@
+"""Decoding a grid of point prompts into low-resolution masks, with and without the filter by predicted IoU."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from case import Case, Floor, Runs, Skip
+from peers import attempt, segment_anything
+from torch import Tensor
+
+from pro2sam_fast import MaskGenerator
+from pro2sam_fast.generator import point_grid
+
+from . import Options
+from .shared import grid, in_dtype, original, sam
+
+__all__ = ["cases", "decode_floor", "ours", "peers", "plain"]
+
+TESTS = ("tests/models/test_sam.py", "tests/test_generator.py")
+POINTS = (64, 256, 1024, 4096)
+DEFAULT_POINTS = {"cpu": (64,), "cuda": (64, 1024)}
+# The peers' cost is proportional to the number of points; on a CPU it is seconds for 64.
+MOST_PEER_POINTS = {"cpu": 256, "cuda": 4096}
+PLAIN_BATCH = {"cpu": 16, "cuda": 64}
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for points in POINTS:
+        for share, name in ((0.5, "half of the points survive"), (1.0, "no filter")):
+            yield Case(
+                "decode",
+                f"G={points} {name}",
+                options.dtype,
+                TESTS,
+                functools.partial(_build, options, points, share),
+                functools.partial(decode_floor, options.dtype, points, 4096),
+                points in DEFAULT_POINTS[options.device.type] and (share < 1 or options.device.type == "cuda"),
+            )
+
+
+def decode_floor(dtype: str, points: int, pixels: int, facts: Mapping[str, object]) -> Floor:
+    """Of `points` prompts on an embedding of `pixels`; facts: "s" and "s_m", see `survivors`."""
+    part = pixels / 4096
+    prompt = 51.5e6 + (392.7e6 + 563.6e6 * facts["s"]) * part
+    logits = 3 * points * facts["s_m"] * 16 * pixels * 4
+    return Floor(
+        {dtype: points * prompt + 3.5e9 * part},
+        logits + 256 * pixels * 4 + 4.06e6 * 4,
+        "rank-56 form: G (51.5 + (392.7 + 563.6 s) P/4096) + 3500 P/4096 MFLOP, s = share of prompts that survive the "
+        "filter, P = pixels of the embedding; logits of surviving masks written, embedding and weights read",
+    )
+
+
+def survivors(iou: Tensor, threshold: float) -> dict[str, float]:
+    """Shares of prompts (s) and masks (s_m) above the threshold: iou (G, 3). A threshold of 0 keeps all."""
+    alive = iou > threshold if threshold > 0 else torch.ones_like(iou, dtype=torch.bool)
+    return {"s": round(alive.any(1).float().mean().item(), 4), "s_m": round(alive.float().mean().item(), 4)}
+
+
+def _build(options: Options, points: int, share: float) -> Runs:
+    model = sam("vit_b", options.device)
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn((1, 256, 64, 64), generator=generator).to(options.device)
+    coords = torch.from_numpy(point_grid(grid(points)) * 1024).to(options.device)
+    threshold, facts = 0.0, {"s": 1.0, "s_m": 1.0}
+    if share < 1:
+        with torch.no_grad(), in_dtype(options):
+            iou = torch.cat([tokens.iou[:, 1:] for tokens in _tokens(model, embedding, coords)]).float()
+        threshold = iou.amax(1).quantile(1 - share).item()
+        facts = survivors(iou, threshold)
+    facts["pred_iou_thresh"] = round(threshold, 5)
+    return Runs(
+        {"auto": ours(options, model, embedding, coords, threshold)},
+        peers(options, "vit_b", embedding, coords),
+        facts,
+        ("points", points),
+    )
+
+
+def ours(options: Options, model, embedding: Tensor, coords: Tensor, threshold: float) -> Callable[[], object]:
+    """Our decoder, as MaskGenerator runs it, its masks dropped as they come."""
+    decoder = MaskGenerator(model, pred_iou_thresh=threshold, dtype=options.dtype)._decoder
+    return _drained(options, lambda: decoder(embedding, coords))
+
+
+def peers(options: Options, name: str, embedding: Tensor, coords: Tensor) -> dict[str, Callable[[], object] | Skip]:
+    """segment_anything in its batches of 64, and our modules without any of the generator's savings."""
+    most = MOST_PEER_POINTS[options.device.type]
+    if len(coords) > most:
+        reason = f"takes long; its cost is proportional to the points, see G={most}"
+        return {"segment_anything": Skip(reason), "torch modules": Skip(reason)}
+
+    def theirs():
+        model = original(name, options.device)
+        return _drained(options, lambda: segment_anything.decode(model, embedding, coords))
+
+    model = sam(name, options.device)
+    return {
+        "segment_anything": attempt(theirs),
+        "torch modules": _drained(options, lambda: plain(model, embedding, coords)),
+    }
+
+
+def plain(model, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (n, 3, 4e, 4e) and IoU (n, 3) from our modules, every mask upscaled; coords (G, 2) in the input frame."""
+    for tokens in _tokens(model, embedding, coords):
+        yield model.mask_decoder.upscale(tokens, slice(1, None)), tokens.iou[:, 1:]
+
+
+def _tokens(model, embedding: Tensor, coords: Tensor) -> Iterator:
+    image_pe = model.prompt_encoder.get_dense_pe()
+    for batch in coords.split(PLAIN_BATCH[coords.device.type]):
+        labels = torch.ones(len(batch), 1, dtype=torch.int, device=batch.device)
+        sparse, dense = model.prompt_encoder(points=(batch[:, None], labels), boxes=None, masks=None)
+        yield model.mask_decoder.decode_tokens(embedding, image_pe, sparse, dense[:1])
+
+
+def _drained(options: Options, parts: Callable[[], Iterable]) -> Callable[[], object]:
+    def run():
+        with torch.no_grad(), in_dtype(options):
+            deque(parts(), maxlen=0)
+
+    return run
