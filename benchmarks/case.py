@@ -40,6 +40,7 @@ class Runs:
         facts: what a reader needs to judge the numbers (share of survivors, masks found, fitted exponent, ...).
         units: what a call produces, with the count ("photos": 5); the rate is added to the row.
         stages: after a call of ours, milliseconds by stage.
+        unit: "ms", or "bytes" where a call returns the peak memory that was found instead of being timed.
     """
 
     ours: dict[str, Callable[[], object]]
@@ -47,6 +48,7 @@ class Runs:
     facts: dict[str, object] = field(default_factory=dict)
     units: tuple[str, int] | None = None
     stages: Callable[[], dict[str, float]] | None = None
+    unit: str = "ms"
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,13 @@ def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> 
         for name, peer in peers.items()
         if isinstance(peer, Skip)
     ]
-    samples = interleaved(calls, device, arguments.seconds, arguments.rounds)
+    if runs.unit == "bytes":
+        samples = {name: [call()] for name, call in calls.items()}
+    else:
+        samples = interleaved(calls, device, arguments.seconds, arguments.rounds)
     rows = []
     for (provider, name), call in calls.items():
-        row = common | {"provider": provider, "back_end": name, "unit": "ms"}
+        row = common | {"provider": provider, "back_end": name, "unit": runs.unit}
         row |= {q: round(value, 5) for q, value in percentiles(samples[provider, name]).items()}
         row["n"] = len(samples[provider, name])
         if provider == "ours":
@@ -139,7 +142,7 @@ def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> 
         if runs.units:
             unit, count = runs.units
             row["rate"] = {f"{unit}/s": round(1e3 * count / row["p50"], 3)}
-        row["peak_bytes"] = peak_bytes(call, device)
+        row["peak_bytes"] = call() if runs.unit == "bytes" else peak_bytes(call, device)
         if runs.stages and provider == "ours":
             row["stages"] = {stage: round(ms, 2) for stage, ms in runs.stages().items()}
         row |= _floor(case, runs, row["p50"], device)
@@ -184,7 +187,8 @@ def _line(row: dict) -> str:
         return f"{name}: skipped, {row['skipped']}"
     extra = [f"{ratio:.2f}x {peer}" for peer, ratio in row.get("ratios", {}).items()]
     extra += [f"{100 * row['floor']['fraction']:.0f} % of the floor"] if "floor" in row else []
-    return f"{name}: {row['p50']:.4g} ms (n={row['n']})" + "".join(f", {text}" for text in extra)
+    value = f"{row['p50']:.4g} ms" if row["unit"] == "ms" else f"{row['p50'] / 2**20:.4g} MiB"
+    return f"{name}: {value} (n={row['n']})" + "".join(f", {text}" for text in extra)
 
 
 def _against(arguments: argparse.Namespace, output: Path) -> int:
