@@ -31,6 +31,7 @@ def environment(device: torch.device, root: Path = ROOT) -> dict[str, object]:
     status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
         "commit": _git(root, "rev-parse", "--short=10", "HEAD"),
+        "committed": _git(root, "log", "-1", "--date=iso-strict-local", "--format=%cd", TZ="UTC"),
         "subject": _git(root, "log", "-1", "--format=%s"),
         "dirty": bool(status),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -75,10 +76,10 @@ def append(path: Path, row: dict[str, object]) -> None:
 
 
 def read(folder: Path = RESULTS) -> Iterator[dict[str, object]]:
-    """All rows, file by file in alphabetical order, oldest first inside a file."""
+    """All rows, file by file in alphabetical order, oldest first inside a file; `at` is "file:line"."""
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            yield json.loads(line) | {"at": f"{path.name}:{number}"}
 
 
 def cpu_name() -> str:
@@ -102,5 +103,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+def _git(root: Path, *arguments: str, **environ: str) -> str:
+    command, where = ["git", *arguments], {"cwd": root, "env": os.environ | environ}
+    return subprocess.run(command, **where, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,0 +1,217 @@
+"""benchmarks/REPORT.md, its plots and the marked blocks of README.md, all from the rows in benchmarks/results.
+
+python benchmarks/report.py            # write them (the plots need matplotlib)
+python benchmarks/report.py --check    # exit status 1 if what is there doesn't match the rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import tables
+import waterfall
+from rows import RESULTS, ROOT, read
+from tables import ballpark, newest, reference, table
+
+__all__ = ["differences", "main", "readme", "render"]
+
+PAGE = ROOT / "benchmarks" / "REPORT.md"
+PLOTS = ROOT / "benchmarks" / "plots"
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end rows -->)", re.DOTALL)
+KINDS = {
+    "pipeline": "The whole program",
+    "stage": "Stages",
+    "op": "Ops",
+    "memory": "Peak memory",
+    "training": "Training",
+    "scaling": "Scaling",
+}
+INTRODUCTION = """# Benchmark report
+
+Made by `python benchmarks/report.py` from the rows in [`results`](results); a test fails when they differ. Each line
+is the newest row of its case and ends with a reference to it, `file:line`; the row holds versions, facts and the
+command, which the [appendix](#commands) repeats.
+
+* **ms**: median of one call [20th – 80th percentile].
+* **against**: time of the other / our time, the median over pairs that ran in turns in one process on the same inputs
+  and weights. Above 1, ours is faster.
+* **of the floor**: the least time that the arithmetic and the memory traffic of the case need at the ceilings that
+  were measured on the machine (a large copy, a large matrix product), divided by the time it took; and what binds.
+* **peak**: bytes that one call needed on top of what was there before.
+* **commit**: `+` marks a checkout with changes that aren't in that commit. **machine**: see [machines](#machines).
+"""
+# README: what a line says, and which rows it may come from: kind, pattern of what, pattern of case.
+SPEED = (
+    ("photo to box and mask, `lite`", "pipeline", "localize", r"lite.*480x640"),
+    ("photo to mask gallery, `lite`", "pipeline", "masks", r"lite.*480x640"),
+    ("point grid decoded, ViT-B", "stage|op", "decode", r"vit_b"),
+    ("post-processing", "stage|op", "postprocess", r"480x640"),
+    ("gated attention", "op", "gated_attention", r"small.*fwd$|.*"),
+    ("mask matching", "op", "mask_match", r"K=1000 "),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if something is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows")
+    parser.add_argument("--output", type=Path, help="folder for the page and plots instead; README.md stays as it is")
+    arguments = parser.parse_args(argv)
+    rows = list(read(arguments.results))
+    page, plots = (arguments.output / "REPORT.md", arguments.output / "plots") if arguments.output else (PAGE, PLOTS)
+    if arguments.check:
+        found = differences(rows, page, plots, None if arguments.output else README)
+        for problem in found:
+            print(f"report.py: {problem}; run python benchmarks/report.py", file=sys.stderr)
+        return 1 if found else 0
+    draw(rows, plots)
+    page.write_text(render(rows), encoding="utf-8")
+    if not arguments.output:
+        README.write_text(readme(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    return 0
+
+
+def differences(rows: list[dict], page: Path, plots: Path, readme_file: Path | None) -> list[str]:
+    """What doesn't match the rows, a sentence each. Needs no matplotlib: a plot says which series it shows."""
+    found = []
+    if not page.exists() or page.read_text(encoding="utf-8") != render(rows):
+        found.append(f"{page.name} doesn't match the rows")
+    if readme_file:
+        text = readme_file.read_text(encoding="utf-8")
+        if text != readme(text, rows):
+            found.append("a block of README.md doesn't match the rows")
+    expected = {plot_name(row): fingerprint(row) for row in plotted(rows)}
+    there = {path.name: path.read_text(encoding="utf-8") for path in plots.glob("*.svg")}
+    found += [
+        f"plots/{name} doesn't match its row" for name, mark in expected.items() if mark not in there.get(name, "")
+    ]
+    return found + [f"plots/{name} has no row" for name in there if name not in expected]
+
+
+def render(rows: list[dict]) -> str:
+    """REPORT.md."""
+    quality = newest(row for row in rows if row["what"] == "accuracy")
+    timed = newest(row for row in rows if row["what"] != "accuracy")
+    shown = [row for row in timed if row["provider"] != "base"]
+    names = tables.machines(shown + quality)
+    parts = [INTRODUCTION, "## Machines", _machine_table(names)]
+    for kind, title in KINDS.items():
+        own = [row for row in shown if row["kind"] == kind]
+        parts += [f"## {title}"] if own else []
+        for what in dict.fromkeys(row["what"] for row in own):
+            group = [row for row in own if row["what"] == what]
+            parts += [f"### {kind}: {what}", tables.measured(group, names), tables.stages(group), tables.scaling(group)]
+            parts += [f"![{row['case']}](plots/{plot_name(row)})" for row in plotted(group)]
+    parts += _section("What couldn't run", tables.skipped(shown))
+    parts += _section("Accuracy of `lite`", tables.accuracy(quality, names))
+    history = waterfall.histories(row for row in rows if row["what"] != "accuracy")
+    parts += _section("Our own steps, commit by commit", waterfall.page(history))
+    steps = [row for rows_of_case in history.values() for row in rows_of_case]
+    parts += _section("Commands", tables.commands([*quality, *shown, *steps]))
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def readme(text: str, rows: list[dict]) -> str:
+    """README.md with its marked blocks made anew."""
+    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]](rows) + "\n" + found[3], text)
+
+
+def speed(rows: list[dict]) -> str:
+    """A few lines for the impatient: our quickest back end, against whom."""
+    shown = [row for row in newest(rows) if "p50" in row and row["provider"] == "ours"]
+    lines = []
+    for label, kind, what, case in SPEED:
+        found = [
+            row
+            for row in shown
+            if re.fullmatch(kind, row["kind"]) and re.fullmatch(what, row["what"]) and re.search(case, row["case"])
+        ]
+        for device in dict.fromkeys(row["device"] for row in found):
+            here = (row for row in found if row["device"] == device)
+            best = min(here, key=lambda row: (tables.natural(row["case"]), row["p50"]))
+            against = "; ".join(f"{ratio:.3g}× {peer}" for peer, ratio in best.get("ratios", {}).items())
+            machine = f"{device}, {best['threads']} threads" if "cpu" in best["command"] else device
+            case = f"{label} ({best['case']}, {best['dtype']})"
+            lines.append([case, f"{ballpark(best['p50'])} ms", against, machine, reference(best, "benchmarks/")])
+    return table(["what", "ours", "against (times as fast)", "machine", "row"], lines) or "No rows yet."
+
+
+def quality(rows: list[dict]) -> str:
+    """The accuracy numbers of the bundled weights."""
+    found = newest(row for row in rows if row["what"] == "accuracy")
+    lines = [[row["case"], row["photos"], tables.plain(row["metrics"]), reference(row, "benchmarks/")] for row in found]
+    return table(["what", "photos", "measured", "row"], lines) or "No rows yet."
+
+
+BLOCKS: dict[str, Callable[[list[dict]], str]] = {"speed": speed, "accuracy": quality}
+
+
+def plotted(rows: Iterable[dict]) -> list[dict]:
+    """The rows that hold a series."""
+    return [row for row in newest(rows) if row.get("provider") == "ours" and "x" in row.get("facts", {})]
+
+
+def plot_name(row: dict) -> str:
+    words = (row["what"], row["case"], row["dtype"], row["device"], str(row["threads"]), row["back_end"])
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") + ".svg"
+
+
+def fingerprint(row: dict) -> str:
+    """Stands in the plot's description."""
+    series = hashlib.sha256(json.dumps(row["facts"], sort_keys=True).encode()).hexdigest()[:16]
+    return f"{row['at']} {series}"
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """A log-log plot of each series, the same bytes for the same rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series = plotted(rows)
+    for path in folder.glob("*.svg"):
+        if path.name not in {plot_name(row) for row in series}:
+            path.unlink()
+    if not series:
+        return
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "pro2sam_fast", "svg.fonttype": "none", "font.size": 9})
+    from matplotlib import pyplot
+
+    for row in series:
+        facts = row["facts"]
+        figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+        axes.plot(facts["x"], facts["ms"], "o-", label=f"ours ({row['back_end']})")
+        for peer, times in facts.get("peer_ms", {}).items():
+            axes.plot(facts["x"][: len(times)], [_gap(ms) for ms in times], "s--", label=peer)
+        axes.set(xscale="log", yscale="log", xlabel=facts["axis"], ylabel="ms", title=f"{row['what']}, {row['case']}")
+        axes.set_xticks(facts["x"], [f"{x:g}" for x in facts["x"]], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+        about = {"Description": fingerprint(row), "Date": None, "Creator": None}
+        figure.savefig(folder / plot_name(row), metadata=about)
+        pyplot.close(figure)
+
+
+def _gap(ms: float | None) -> float:
+    return float("nan") if ms is None else ms
+
+
+def _section(title: str, text: str) -> list[str]:
+    return [f"## {title}", text] if text else []
+
+
+def _machine_table(names: dict[str, str]) -> str:
+    lines = [[name, *json.loads(machine)] for machine, name in names.items()]
+    return table(["machine", "device", "host", "threads", "versions"], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
