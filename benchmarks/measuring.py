@@ -16,6 +16,7 @@ import torch
 __all__ = ["ceilings", "interleaved", "peak_bytes", "percentiles"]
 
 SHORTEST_SAMPLE_S = 2e-3
+LONG_CALL_S = 2.0  # is warm after one
 MOST_ROUNDS = 200
 FLUSH_BYTES = 256 << 20  # more than any L2
 
@@ -35,11 +36,13 @@ def interleaved(
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
     repeats = {}
     for name, call in calls.items():
-        call()  # compiles, fills caches
-        started = time.perf_counter()
-        call()
-        _wait(device)
-        took = time.perf_counter() - started
+        for _ in range(2):  # the first compiles and fills caches
+            started = time.perf_counter()
+            call()
+            _wait(device)
+            took = time.perf_counter() - started
+            if took > LONG_CALL_S:
+                break
         repeats[name] = 1 if device.type == "cuda" else max(1, round(SHORTEST_SAMPLE_S / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from case import Case, Floor, Runs, Skip
@@ -67,7 +68,7 @@ def _build(options: Options, points: int, share: float) -> Runs:
     coords = torch.from_numpy(point_grid(grid(points)) * 1024).to(options.device)
     threshold, facts = 0.0, {"s": 1.0, "s_m": 1.0}
     if share < 1:
-        with torch.no_grad(), in_dtype(options):
+        with in_dtype(options):
             iou = torch.cat([tokens.iou[:, 1:] for tokens in _tokens(model, embedding, coords)]).float()
         threshold = iou.amax(1).quantile(1 - share).item()
         facts = survivors(iou, threshold)
@@ -83,7 +84,7 @@ def _build(options: Options, points: int, share: float) -> Runs:
 def ours(options: Options, model, embedding: Tensor, coords: Tensor, threshold: float) -> Callable[[], object]:
     """Our decoder, as MaskGenerator runs it, its masks dropped as they come."""
     decoder = MaskGenerator(model, pred_iou_thresh=threshold, dtype=options.dtype)._decoder
-    return _drained(options, lambda: decoder(embedding, coords))
+    return _drained(torch.no_grad, lambda: decoder(embedding, coords))
 
 
 def peers(options: Options, name: str, embedding: Tensor, coords: Tensor) -> dict[str, Callable[[], object] | Skip]:
@@ -93,34 +94,39 @@ def peers(options: Options, name: str, embedding: Tensor, coords: Tensor) -> dic
         reason = f"takes long; its cost is proportional to the points, see G={most}"
         return {"segment_anything": Skip(reason), "torch modules": Skip(reason)}
 
+    reduced = functools.partial(in_dtype, options)
+
     def theirs():
         model = original(name, options.device)
-        return _drained(options, lambda: segment_anything.decode(model, embedding, coords))
+        return _drained(reduced, lambda: segment_anything.decode(model, embedding, coords))
 
     model = sam(name, options.device)
     return {
         "segment_anything": attempt(theirs),
-        "torch modules": _drained(options, lambda: plain(model, embedding, coords)),
+        "torch modules": _drained(reduced, lambda: plain(model, embedding, coords)),
     }
 
 
+@torch.no_grad()
 def plain(model, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (n, 3, 4e, 4e) and IoU (n, 3) from our modules, every mask upscaled; coords (G, 2) in the input frame."""
     for tokens in _tokens(model, embedding, coords):
         yield model.mask_decoder.upscale(tokens, slice(1, None)), tokens.iou[:, 1:]
 
 
+@torch.no_grad()
 def _tokens(model, embedding: Tensor, coords: Tensor) -> Iterator:
     image_pe = model.prompt_encoder.get_dense_pe()
     for batch in coords.split(PLAIN_BATCH[coords.device.type]):
         labels = torch.ones(len(batch), 1, dtype=torch.int, device=batch.device)
-        sparse, dense = model.prompt_encoder(points=(batch[:, None], labels), boxes=None, masks=None)
+        with torch.autocast(batch.device.type, enabled=False):  # Fourier features in full precision
+            sparse, dense = model.prompt_encoder(points=(batch[:, None], labels), boxes=None, masks=None)
         yield model.mask_decoder.decode_tokens(embedding, image_pe, sparse, dense[:1])
 
 
-def _drained(options: Options, parts: Callable[[], Iterable]) -> Callable[[], object]:
+def _drained(context: Callable[[], AbstractContextManager], parts: Callable[[], Iterable]) -> Callable[[], object]:
     def run():
-        with torch.no_grad(), in_dtype(options):
+        with context():
             deque(parts(), maxlen=0)
 
     return run
