@@ -39,22 +39,23 @@ Made by `python benchmarks/report.py` from the rows in [`results`](results); a t
 is the newest row of its case and ends with a reference to it, `file:line`; the row holds versions, facts and the
 command, which the [appendix](#commands) repeats.
 
-* **ms**: median of one call [20th – 80th percentile].
-* **against**: time of the other / our time, the median over pairs that ran in turns in one process on the same inputs
-  and weights. Above 1, ours is faster.
+* **median [p20 – p80]**: milliseconds of one call, or bytes where memory is the question.
+* **against**: time (or bytes) of the other / ours, the median over pairs that ran in turns in one process on the same
+  inputs and weights. Above 1, ours is better.
 * **of the floor**: the least time that the arithmetic and the memory traffic of the case need at the ceilings that
   were measured on the machine (a large copy, a large matrix product), divided by the time it took; and what binds.
 * **peak**: bytes that one call needed on top of what was there before.
 * **commit**: `+` marks a checkout with changes that aren't in that commit. **machine**: see [machines](#machines).
 """
-# README: what a line says, and which rows it may come from: kind, pattern of what, pattern of case.
+# Lines of the README: label, kind, what, case.
 SPEED = (
-    ("photo to box and mask, `lite`", "pipeline", "localize", r"lite.*480x640"),
-    ("photo to mask gallery, `lite`", "pipeline", "masks", r"lite.*480x640"),
-    ("point grid decoded, ViT-B", "stage|op", "decode", r"vit_b"),
-    ("post-processing", "stage|op", "postprocess", r"480x640"),
-    ("gated attention", "op", "gated_attention", r"small.*fwd$|.*"),
-    ("mask matching", "op", "mask_match", r"K=1000 "),
+    ("photo to box, mask and label", "pipeline", "localize", "lite batch=1 480x640 JPEG"),
+    ("photo to all its masks", "pipeline", "masks", "lite batch=1 480x640 JPEG"),
+    ("ViT-B image encoder", "stage", "encoder", "vit_b"),
+    ("64 points decoded, ViT-B", "op", "decode", "G=64 half of the points survive"),
+    ("64 masks to size, filtered, packed", "op", "postprocess", "K=64 480x640"),
+    ("gated attention", "op", "gated_attention", "fwd B=32 N=201 small"),
+    ("one mask matched with 1000", "op", "mask_match", "K=1000 512x512"),
 )
 
 
@@ -127,20 +128,16 @@ def speed(rows: list[dict]) -> str:
     """A few lines for the impatient: our quickest back end, against whom."""
     shown = [row for row in newest(rows) if "p50" in row and row["provider"] == "ours"]
     lines = []
-    for label, kind, what, case in SPEED:
-        found = [
-            row
-            for row in shown
-            if re.fullmatch(kind, row["kind"]) and re.fullmatch(what, row["what"]) and re.search(case, row["case"])
-        ]
+    for label, *wanted in SPEED:
+        found = [row for row in shown if [row["kind"], row["what"], row["case"]] == wanted]
         for device in dict.fromkeys(row["device"] for row in found):
-            here = (row for row in found if row["device"] == device)
-            best = min(here, key=lambda row: (tables.natural(row["case"]), row["p50"]))
-            against = "; ".join(f"{ratio:.3g}× {peer}" for peer, ratio in best.get("ratios", {}).items())
-            machine = f"{device}, {best['threads']} threads" if "cpu" in best["command"] else device
-            case = f"{label} ({best['case']}, {best['dtype']})"
-            lines.append([case, f"{ballpark(best['p50'])} ms", against, machine, reference(best, "benchmarks/")])
-    return table(["what", "ours", "against (times as fast)", "machine", "row"], lines) or "No rows yet."
+            best = min((row for row in found if row["device"] == device), key=lambda row: row["p50"])
+            against = ", ".join(f"{ballpark(ratio)}× {peer}" for peer, ratio in best.get("ratios", {}).items())
+            machine = f"{device}, {best['threads']} threads" if device == best["host"]["cpu"] else device
+            line = [label, best["case"], best["dtype"], f"{ballpark(best['p50'])} ms", against, machine]
+            lines.append([*line, reference(best, "benchmarks/")])
+    titles = ["", "case", "dtype", "ours", "times as fast as", "machine", "row"]
+    return table(titles, lines) or "No rows yet."
 
 
 def quality(rows: list[dict]) -> str:
@@ -155,7 +152,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {"speed": speed, "accuracy": qu
 
 def plotted(rows: Iterable[dict]) -> list[dict]:
     """The rows that hold a series."""
-    return [row for row in newest(rows) if row.get("provider") == "ours" and "x" in row.get("facts", {})]
+    return [row for row in newest(rows) if row.get("provider") == "ours" and row["facts"].get("series")]
 
 
 def plot_name(row: dict) -> str:
@@ -172,11 +169,11 @@ def fingerprint(row: dict) -> str:
 def draw(rows: list[dict], folder: Path) -> None:
     """A log-log plot of each series, the same bytes for the same rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    series = plotted(rows)
+    shown = plotted(rows)
     for path in folder.glob("*.svg"):
-        if path.name not in {plot_name(row) for row in series}:
+        if path.name not in {plot_name(row) for row in shown}:
             path.unlink()
-    if not series:
+    if not shown:
         return
     import matplotlib
 
@@ -184,24 +181,20 @@ def draw(rows: list[dict], folder: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "pro2sam_fast", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
-    for row in series:
+    for row in shown:
         facts = row["facts"]
         figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-        axes.plot(facts["x"], facts["ms"], "o-", label=f"ours ({row['back_end']})")
-        for peer, times in facts.get("peer_ms", {}).items():
-            axes.plot(facts["x"][: len(times)], [_gap(ms) for ms in times], "s--", label=peer)
+        for provider, points in facts["series"].items():
+            axes.plot(*zip(*points), "o-" if provider == "ours" else "s--", label=provider)
         axes.set(xscale="log", yscale="log", xlabel=facts["axis"], ylabel="ms", title=f"{row['what']}, {row['case']}")
-        axes.set_xticks(facts["x"], [f"{x:g}" for x in facts["x"]], minor=False)
+        ticks = sorted({x for series in facts["series"].values() for x, _ in series})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
         about = {"Description": fingerprint(row), "Date": None, "Creator": None}
         figure.savefig(folder / plot_name(row), metadata=about)
         pyplot.close(figure)
-
-
-def _gap(ms: float | None) -> float:
-    return float("nan") if ms is None else ms
 
 
 def _section(title: str, text: str) -> list[str]:

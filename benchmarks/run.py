@@ -213,6 +213,7 @@ def _against(arguments: argparse.Namespace, output: Path) -> int:
         pairs = [b["p50"] / a["p50"] for a, b in zip(here, there)]
         command = {"command": here[1]["command"] + f" --base {revision}"}
         rows = [dict(sorted(turns, key=lambda row: row["p50"])[1]) | command for turns in (here, there)]
+        rows[1]["provider"] = "base"
         rows[0]["ratios"] = rows[0].get("ratios", {}) | {f"commit {revision}": round(statistics.median(pairs), 3)}
         for row in rows:
             append(output, row)

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 
 __all__ = [
-    "accuracy", "ballpark", "commands", "commit", "machines", "measured", "natural", "newest", "plain", "reference",
+    "accuracy",
+    "amount", "ballpark", "commands", "commit", "machines", "measured", "natural", "newest", "plain", "reference",
     "scaling", "skipped", "stages", "table",
 ]  # fmt: skip
 
@@ -44,16 +45,26 @@ def measured(rows: list[dict], names: dict[str, str]) -> str:
             row["case"],
             row["dtype"],
             row["back_end"] if row["provider"] == "peer" else f"**{row['back_end']}**",
-            f"{ballpark(row['p50'])} [{ballpark(row['p20'])} – {ballpark(row['p80'])}]",
+            f"{amount(row, 'p50')} [{amount(row, 'p20')} – {amount(row, 'p80')}]",
             ", ".join(f"{ballpark(rate)} {unit}" for unit, rate in row.get("rate", {}).items()),
             ", ".join(f"{ballpark(ratio)}× {peer}" for peer, ratio in row.get("ratios", {}).items()),
             f"{100 * floor['fraction']:.2g} % ({floor['bound']})" if floor else "",
-            size(row.get("peak_bytes")),
+            size(row.get("peak_bytes")) if row["unit"] == "ms" else "",
             names[machine(row)],
             commit(row),
             reference(row),
         ])  # fmt: skip
-    titles = ["case", "dtype", "**ours** / peer", "ms", "rate", "against", "of the floor", "peak", "machine"]
+    titles = [
+        "case",
+        "dtype",
+        "**ours** / peer",
+        "median [p20 – p80]",
+        "rate",
+        "against",
+        "of the floor",
+        "peak",
+        "machine",
+    ]
     return table([*titles, "commit", "row"], lines)
 
 
@@ -73,14 +84,13 @@ def scaling(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         facts = row.get("facts", {})
-        if row["provider"] != "ours" or "x" not in facts:
+        if row["provider"] != "ours" or not facts.get("series"):
             continue
-        exponent = f"{facts['exponent']:.2f}" if facts.get("exponent") is not None else ""
-        for name, times in {row["back_end"]: facts["ms"], **facts.get("peer_ms", {})}.items():
-            series = ", ".join(f"{x:g}: {ballpark(ms)}" for x, ms in zip(facts["x"], times) if ms is not None)
-            lines.append([row["case"], name, facts["axis"], series, exponent, reference(row)])
-            exponent = ""
-    return table(["case", "back end", "axis", "ms along the axis", "fitted exponent", "row"], lines)
+        for provider, points in facts["series"].items():
+            series = ", ".join(f"{x:g}: {ballpark(ms)}" for x, ms in points)
+            line = [row["case"], row["dtype"], provider, facts["axis"], series]
+            lines.append([*line, f"{facts['exponent'][provider]:.2f}", reference(row)])
+    return table(["case", "dtype", "provider", "axis", "ms along the axis", "fitted exponent", "row"], lines)
 
 
 def skipped(rows: list[dict]) -> str:
@@ -164,7 +174,12 @@ def ballpark(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def size(count: int | None) -> str:
+def amount(row: dict, quantile: str = "p50") -> str:
+    """A time or a number of bytes with its unit."""
+    return f"{ballpark(row[quantile])} ms" if row["unit"] == "ms" else size(row[quantile])
+
+
+def size(count: float | None) -> str:
     return "" if count is None else f"{ballpark(count / 2**20)} MiB"
 
 

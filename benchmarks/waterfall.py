@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tables import ballpark, commit, natural, reference, table
+from tables import amount, ballpark, commit, natural, reference, table
 
 __all__ = ["histories", "page"]
 
@@ -15,7 +15,7 @@ def histories(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
     """Case -> the quickest row of ours at each commit, for the cases with two commits or more."""
     cases: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
-        if row["provider"] != "peer" and "p50" in row:
+        if row["provider"] != "peer" and row.get("p50"):
             key = tuple(row[name] for name in KEY)
             cases.setdefault(key, {}).setdefault(commit(row), []).append(row)
     found = {}
@@ -34,13 +34,20 @@ def page(found: dict[tuple, list[dict]]) -> str:
             turns = row.get("ratios", {}).get(f"commit {before['commit']}") if before else None
             to_previous = f"{ballpark(turns)}× (in turns)" if turns else f"{_ratio(before, row)}×" if before else ""
             to_first = f"{_ratio(steps[0], row)}×" if before else ""
-            time = f"{ballpark(row['p50'])}"
             lines.append(
-                [commit(row), row.get("subject", ""), row["back_end"], time, to_first, to_previous, reference(row)]
+                [
+                    commit(row),
+                    row.get("subject", ""),
+                    row["back_end"],
+                    amount(row),
+                    to_first,
+                    to_previous,
+                    reference(row),
+                ]
             )
             before = row
         title = f"**{kind} {what}, {case}**, {dtype}, {device}, {threads} threads"
-        titles = ["commit", "subject", "back end", "ms", "against the first", "against the one before", "row"]
+        titles = ["commit", "subject", "back end", "median", "against the first", "against the one before", "row"]
         parts.append(f"{title}\n\n{table(titles, lines)}")
     if not parts:
         return ""

@@ -40,7 +40,7 @@ def test_the_newest_row_of_a_case_is_shown(bench, read):
     rows = read(row(p50=4.0), row(p50=3.0, date="03"), row(p50=7.0, date="02"), row("K=2 8x8", p50=5.0))
     assert [found["p50"] for found in bench("tables").newest(rows)] == [3.0, 5.0]
     page = bench("report").render(rows)
-    assert "| 3 [3 – 3] |" in page and "results/op.jsonl#L2" in page and "results/op.jsonl#L3" not in page
+    assert "| 3 ms [3 ms – 3 ms] |" in page and "results/op.jsonl#L2" in page and "results/op.jsonl#L3" not in page
 
 
 def test_a_comparison_of_commits_does_not_hide_the_peers(bench, read):
@@ -79,7 +79,7 @@ def test_steps_are_in_the_order_of_their_commits(bench, read):
     (steps,) = bench("waterfall").histories(read(quick, base, other, slow)).values()
     assert [step["p50"] for step in steps] == [8.0, 6.0, 2.0]
     page = bench("report").render(read(quick, base, other, slow))
-    assert "| `ccccccc` | Faster | cpu/avx2 | 2 | 4× | 3.1× (in turns) |" in page
+    assert "| `ccccccc` | Faster | cpu/avx2 | 2 ms | 4× | 3.1× (in turns) |" in page
     early = base | {"committed": "2025-12-01T00:00:00+00:00"}
     (steps,) = bench("waterfall").histories(read(quick, early, slow)).values()
     assert [step["p50"] for step in steps] == [6.0, 8.0, 2.0]
@@ -89,7 +89,8 @@ def test_blocks_of_the_readme_are_made_anew(bench, read):
     report = bench("report")
     text = "before\n<!-- rows: speed -->\nold\n<!-- end rows -->\nafter <!-- rows: none here\n"
     done = report.readme(text, read(row(ratios={"dense torch": 8.0})))
-    assert done.startswith("before\n<!-- rows: speed -->\n| what |") and "8× dense torch" in done and "old" not in done
+    assert done.startswith("before\n<!-- rows: speed -->\n|  | case |") and "old" not in done
+    assert "| K=1000 512x512 | int64 | 2 ms | 8× dense torch | CPU X, 2 threads |" in done
     assert done.endswith("<!-- end rows -->\nafter <!-- rows: none here\n")
     assert report.readme(done, read(row(ratios={"dense torch": 8.0}))) == done
     assert "No rows yet." in report.readme(text, [])
@@ -97,7 +98,8 @@ def test_blocks_of_the_readme_are_made_anew(bench, read):
 
 def test_check_says_what_is_out_of_date(bench, read, tmp_path):
     report = bench("report")
-    facts = {"axis": "points", "x": [1, 4], "ms": [1.0, 4.0], "peer_ms": {"other": [2.0, None]}, "exponent": 1.0}
+    series = {"ours": [[1, 1.0], [4, 4.0]], "other": [[1, 2.0]]}
+    facts = {"axis": "points", "series": series, "exponent": {"ours": 1.0, "other": float("nan")}}
     rows = read(row(kind="scaling", facts=facts))
     page, plots = tmp_path / "REPORT.md", tmp_path / "plots"
     assert report.differences(rows, page, plots, None) == [
@@ -113,6 +115,6 @@ def test_check_says_what_is_out_of_date(bench, read, tmp_path):
     before = plot.read_bytes()
     assert report.main(arguments) == 0 and plot.read_bytes() == before
     assert "1.00" in page.read_text() and f"plots/{plot.name}" in page.read_text()
-    changed = read(row(kind="scaling", facts=facts | {"ms": [1.0, 5.0]}))
+    changed = read(row(kind="scaling", facts=facts | {"axis": "pixels"}))
     assert len(report.differences(changed, page, plots, None)) == 2
     assert report.differences([], page, plots, None)[1] == f"plots/{plot.name} has no row"
