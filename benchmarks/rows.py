@@ -28,12 +28,8 @@ LIBRARIES = (
 
 def environment(device: torch.device, root: Path = ROOT) -> dict[str, object]:
     """The part of a row that is the same for a whole run. `root` is the checkout that the package was built from."""
-    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
-        "commit": _git(root, "rev-parse", "--short=10", "HEAD"),
-        "committed": _git(root, "log", "-1", "--date=iso-strict-local", "--format=%cd", TZ="UTC"),
-        "subject": _git(root, "log", "-1", "--format=%s"),
-        "dirty": bool(status),
+        **_revision(root),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "host": {"cpu": cpu_name(), "cores": os.cpu_count(), "isa": _isa()},
         "threads": torch.get_num_threads(),
@@ -101,6 +97,22 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _revision(root: Path) -> dict[str, object]:
+    """Of the checkout; without .git what benchmarks/REVISION says, as `git describe --always --dirty` writes it."""
+    if (root / ".git").exists():
+        status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return {
+            "commit": _git(root, "rev-parse", "--short=10", "HEAD"),
+            "committed": _git(root, "log", "-1", "--date=iso-strict-local", "--format=%cd", TZ="UTC"),
+            "subject": _git(root, "log", "-1", "--format=%s"),
+            "dirty": bool(status),
+        }
+    file = root / "benchmarks" / "REVISION"
+    said = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+    dirty = not said or said.endswith("-dirty")
+    return {"commit": said.removesuffix("-dirty"), "committed": "", "subject": "", "dirty": dirty}
 
 
 def _git(root: Path, *arguments: str, **environ: str) -> str:
