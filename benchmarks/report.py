@@ -188,7 +188,7 @@ def draw(rows: list[dict], folder: Path) -> None:
             axes.plot(*zip(*points), "o-" if provider == "ours" else "s--", label=provider)
         axes.set(xscale="log", yscale="log", xlabel=facts["axis"], ylabel="ms", title=f"{row['what']}, {row['case']}")
         ticks = sorted({x for series in facts["series"].values() for x, _ in series})
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()

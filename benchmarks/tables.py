@@ -45,7 +45,7 @@ def measured(rows: list[dict], names: dict[str, str]) -> str:
             row["case"],
             row["dtype"],
             row["back_end"] if row["provider"] == "peer" else f"**{row['back_end']}**",
-            f"{amount(row, 'p50')} [{amount(row, 'p20')} – {amount(row, 'p80')}]",
+            spread(row),
             ", ".join(f"{ballpark(rate)} {unit}" for unit, rate in row.get("rate", {}).items()),
             ", ".join(f"{ballpark(ratio)}× {peer}" for peer, ratio in row.get("ratios", {}).items()),
             f"{100 * floor['fraction']:.2g} % ({floor['bound']})" if floor else "",
@@ -87,7 +87,7 @@ def scaling(rows: list[dict]) -> str:
         if row["provider"] != "ours" or not facts.get("series"):
             continue
         for provider, points in facts["series"].items():
-            series = ", ".join(f"{x:g}: {ballpark(ms)}" for x, ms in points)
+            series = "; ".join(f"{x:,}: {ballpark(ms)}" for x, ms in points)
             line = [row["case"], row["dtype"], provider, facts["axis"], series]
             lines.append([*line, f"{facts['exponent'][provider]:.2f}", reference(row)])
     return table(["case", "dtype", "provider", "axis", "ms along the axis", "fitted exponent", "row"], lines)
@@ -177,6 +177,11 @@ def ballpark(value: float) -> str:
 def amount(row: dict, quantile: str = "p50") -> str:
     """A time or a number of bytes with its unit."""
     return f"{ballpark(row[quantile])} ms" if row["unit"] == "ms" else size(row[quantile])
+
+
+def spread(row: dict) -> str:
+    low, high = (amount(row, quantile) for quantile in ("p20", "p80"))
+    return amount(row) if low == high else f"{amount(row)} [{low.removesuffix(' ms')} – {high.removesuffix(' ms')}]"
 
 
 def size(count: float | None) -> str:

@@ -3,7 +3,9 @@
 import itertools
 import json
 import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +185,20 @@ def test_a_comparison_with_another_commit(run, tmp_path, monkeypatch):
     assert here["ratios"] == {"commit " + "b" * 10: 3.0}
     assert here["command"].endswith("--base " + "b" * 10)
     assert (here["provider"], there["provider"]) == ("ours", "base")
+
+
+def test_pytest_benchmarks_skips_with_a_reason_without_its_plugin(bench):
+    folder = Path(bench("run").__file__).parent
+    program = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
+    options = [
+        "-p",
+        "no:benchmark",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-only",
+        "-k",
+        "op and mask_match and 256x256",
+    ]
+    command = [sys.executable, "-c", program, str(folder), *options]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 skipped" in done.stdout and "needs pytest-benchmark" in done.stdout, done.stdout

@@ -37,10 +37,12 @@ def read(bench, tmp_path):
 
 
 def test_the_newest_row_of_a_case_is_shown(bench, read):
-    rows = read(row(p50=4.0), row(p50=3.0, date="03"), row(p50=7.0, date="02"), row("K=2 8x8", p50=5.0))
+    rows = read(
+        row(p50=4.0), row(p50=3.0, date="03", p20=2.5, p80=3.5), row(p50=7.0, date="02"), row("K=2 8x8", p50=5.0)
+    )
     assert [found["p50"] for found in bench("tables").newest(rows)] == [3.0, 5.0]
     page = bench("report").render(rows)
-    assert "| 3 ms [3 ms – 3 ms] |" in page and "results/op.jsonl#L2" in page and "results/op.jsonl#L3" not in page
+    assert "| 3 ms [2.5 – 3.5] |" in page and "results/op.jsonl#L2" in page and "results/op.jsonl#L3" not in page
 
 
 def test_a_comparison_of_commits_does_not_hide_the_peers(bench, read):
