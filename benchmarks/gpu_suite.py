@@ -7,8 +7,8 @@ every step), so a cut-off loses nothing. A step that fails, is late or can't run
 summary names the items of GPU_TODO.md that were settled: all steps naming an item passed and showed what it asks for.
 
 Needs torch, numpy, pytest, pybind11, cmake, ninja and nvcc for the build and the tests of the ops; the benchmarks also
-timm, safetensors and pillow. Wheels in benchmarks/wheels or --wheels DIR are installed first, each without its
-dependencies. Worth carrying if absent: safetensors, pillow, scipy (boxes, mask generation), segment_anything (oracle
+timm, safetensors, pillow and scipy. Wheels in benchmarks/wheels or --wheels DIR are installed first, each without its
+dependencies. Worth carrying if absent: safetensors, pillow, scipy (36 MB), tqdm, segment_anything (oracle
 and peer), pycocotools, hypothesis, opencv-python-headless (further tests).
 """
 
