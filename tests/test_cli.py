@@ -21,7 +21,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import pro2sam_fast
-from pro2sam_fast import api, cli
+from pro2sam_fast import api, bench, cli
+from pro2sam_fast.commands.parser import tell
 from pro2sam_fast.gallery import MaskGallery
 from pro2sam_fast.generator import MaskGenerator
 
@@ -283,7 +284,7 @@ def test_strange_file_names(run, photos, tmp_path):
 
 def test_messages_suit_the_stream():
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    cli._tell("caf\udce9 \u732b\n", narrow)
+    tell("caf\udce9 \u732b\n", narrow)
     narrow.flush()
     assert narrow.buffer.getvalue() == b"caf\\udce9 \\u732b\\n\n"
 
@@ -463,7 +464,22 @@ def test_doctor(capsys):
         assert word in output
 
 
-@pytest.mark.parametrize("command", [[], ["localize"], ["masks"], ["doctor"]])
+def test_bench(monkeypatch, capsys):
+    found = {"photos_per_s": 1.5}
+    given = []
+    monkeypatch.setattr(bench, "measure", lambda folder, **options: given.append((folder, options)) or found)
+    monkeypatch.setattr(bench, "text", lambda found: f"{found['photos_per_s']} photos/s")
+    assert cli.main(["bench"]) == 0
+    assert capsys.readouterr().out == "1.5 photos/s\n"
+    assert cli.main(["bench", "photos", "--device", "cpu", "--dtype", "bfloat16", "--seconds", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert given == [
+        (None, {"device": "auto", "dtype": None, "seconds": 20.0}),
+        ("photos", {"device": "cpu", "dtype": "bfloat16", "seconds": 3.0}),
+    ]
+
+
+@pytest.mark.parametrize("command", [[], ["localize"], ["masks"], ["bench"], ["doctor"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([*command, "--help"])
