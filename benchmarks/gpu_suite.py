@@ -8,7 +8,7 @@ summary names the items of GPU_TODO.md that were settled: all steps naming an it
 
 Needs torch, numpy, pytest, pybind11, cmake, ninja and nvcc for the build and the tests of the ops; the benchmarks also
 timm, safetensors, pillow and scipy. Wheels in benchmarks/wheels or --wheels DIR are installed first, each without its
-dependencies. Worth carrying if absent: safetensors, pillow, scipy (36 MB), tqdm, segment_anything (oracle
+dependencies. Worth carrying if absent: safetensors, pillow, scipy, tqdm, segment_anything (oracle
 and peer), pycocotools, hypothesis, opencv-python-headless (further tests).
 """
 
