@@ -138,24 +138,28 @@ class _Galleries:
 def _startup(options: Options) -> Runs:
     (file,) = _jpegs(options, 1, True)
     code = """
-import json, sys, time
+import json, resource, sys, time
 times = [time.perf_counter()]
 def done(): times.append(time.perf_counter())
 import pro2sam_fast, torch; torch.set_num_threads(int(sys.argv[1])); from pro2sam_fast.api import load; done()
 localizer = load("lite", device=sys.argv[2]); done()
 localizer(sys.argv[3]); done()
-print(json.dumps([1e3 * (b - a) for a, b in zip(times, times[1:])]))
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([peak, [1e3 * (b - a) for a, b in zip(times, times[1:])]]))
 """
     # not the folder of the caller, which may hold sources without native modules
     place = {"cwd": Path(file).parent, "env": os.environ | {"PYTHONPATH": str(Path(pro2sam_fast.__file__).parents[1])}}
     stages: dict[str, float] = {}
+    facts: dict[str, object] = {}
 
     def start() -> None:
         command = [sys.executable, "-c", code, str(torch.get_num_threads()), str(options.device), file]
-        times = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, **place).stdout)
+        facts["process_peak_bytes"], times = json.loads(
+            subprocess.run(command, stdout=subprocess.PIPE, check=True, **place).stdout
+        )
         stages.update(zip(("import", "load", "first photo"), times))
 
-    return Runs({"auto": start}, stages=lambda: stages)
+    return Runs({"auto": start}, facts=facts, stages=lambda: stages)
 
 
 @functools.cache
