@@ -20,7 +20,7 @@ from .shared import grid, in_dtype, original, sam
 
 __all__ = ["cases", "decode_floor", "ours", "peers", "plain"]
 
-TESTS = ("tests/models/test_sam.py", "tests/test_generator.py")
+TESTS = ("tests/models/test_sam.py::test_tokens_before_masks", "tests/test_generator.py")
 POINTS = (64, 256, 1024, 4096)
 DEFAULT_POINTS = {"cpu": (64,), "cuda": (64, 1024)}
 # The peers' cost is proportional to the number of points; on a CPU it is seconds for 64.

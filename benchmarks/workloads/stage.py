@@ -26,7 +26,7 @@ from .shared import in_dtype, original, photo, sam
 
 __all__ = ["cases"]
 
-SAM_TESTS = ("tests/models/test_sam.py",)
+SAM_TESTS = ("tests/models/test_sam.py::test_image_embedding",)
 GENERATOR_TESTS = ("tests/test_generator.py",)
 MATCHING_TESTS = ("tests/pipelines/test_matching.py", "tests/test_boxes.py")
 HEIGHT, WIDTH = 480, 640
