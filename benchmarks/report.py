@@ -1,7 +1,9 @@
 """benchmarks/REPORT.md, its plots and the marked blocks of README.md, all from the rows in benchmarks/results.
 
-python benchmarks/report.py            # write them (the plots need matplotlib)
-python benchmarks/report.py --check    # exit status 1 if what is there doesn't match the rows
+    python benchmarks/report.py            # write them (the plots need matplotlib)
+    python benchmarks/report.py --check    # exit status 1 if what is there doesn't match the rows
+
+Every line of a table names its row.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def render(rows: list[dict]) -> str:
     timed = newest(row for row in rows if row["what"] != "accuracy")
     shown = [row for row in timed if row["provider"] != "base"]
     names = tables.machines(shown + quality)
-    parts = [INTRODUCTION, "## Machines", _machine_table(names)]
+    parts = [INTRODUCTION, "## Machines", _machine_table(names), tables.ceilings(shown, names)]
     for kind, title in KINDS.items():
         own = [row for row in shown if row["kind"] == kind]
         parts += [f"## {title}"] if own else []

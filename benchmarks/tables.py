@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable
 
 __all__ = [
-    "accuracy",
-    "amount", "ballpark", "commands", "commit", "machines", "measured", "natural", "newest", "plain", "reference",
-    "scaling", "skipped", "stages", "table",
+    "accuracy", "amount", "ballpark", "ceilings", "commands", "commit", "machines", "measured", "natural", "newest",
+    "plain", "reference", "scaling", "skipped", "stages", "table",
 ]  # fmt: skip
 
 KEY = ("what", "case", "model", "dtype", "device", "threads", "provider", "back_end")
@@ -91,6 +90,19 @@ def scaling(rows: list[dict]) -> str:
             line = [row["case"], row["dtype"], provider, facts["axis"], series]
             lines.append([*line, f"{facts['exponent'][provider]:.2f}", reference(row)])
     return table(["case", "dtype", "provider", "axis", "ms along the axis", "fitted exponent", "row"], lines)
+
+
+def ceilings(rows: list[dict], names: dict[str, str]) -> str:
+    """What each machine reached, by the newest of its rows that measured the same things."""
+    found: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        if "ceilings" in row:
+            found[(names[machine(row)], *row["ceilings"])] = row
+    lines = [
+        [name, ", ".join(f"{what} {ballpark(value)}" for what, value in row["ceilings"].items()), reference(row)]
+        for (name, *_), row in sorted(found.items())
+    ]
+    return table(["machine", "ceilings (GB/s, GFLOP/s)", "row"], lines)
 
 
 def skipped(rows: list[dict]) -> str:

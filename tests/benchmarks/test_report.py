@@ -65,10 +65,17 @@ def test_peers_that_were_skipped_give_their_reason(bench, read):
 
 def test_every_table_line_is_traceable(bench, read):
     floor = {"fraction": 0.25, "bound": "memory"}
-    page = bench("report").render(read(row(floor=floor, rate={"photos/s": 12.5}, stages={"decode": 3.0, "box": 1.0})))
-    for text in ("25 % (memory)", "12.5 photos/s", "decode 3 ms (75 %), box 1 ms (25 %)", COMMON["command"]):
+    more = {"rate": {"photos/s": 12.5}, "stages": {"decode": 3.0, "box": 1.0}, "ceilings": {"copy_gb_s": 74.7}}
+    page = bench("report").render(read(row(floor=floor, **more)))
+    for text in (
+        "| M1 | copy_gb_s 74.7 |",
+        "25 % (memory)",
+        "12.5 photos/s",
+        "decode 3 ms (75 %), box 1 ms (25 %)",
+        COMMON["command"],
+    ):
         assert text in page
-    header = ("| machine |", "| M1 |", "| case |", "| --- |")
+    header = ("| machine |", "| M1 | CPU X |", "| case |", "| --- |")
     lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(header)]
     assert lines and all("results/op.jsonl#L" in line for line in lines)
 

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import torch
 
 ALWAYS = {"what", "case", "dtype", "commit", "dirty", "device", "threads", "versions", "date", "command"}
 QUALITY = {"model", "photos", "metrics"}
@@ -30,6 +31,13 @@ def test_the_readme_has_every_block(bench):
     text = report.README.read_text(encoding="utf-8")
     assert [found[2] for found in report.BLOCK.finditer(text)] == [*report.BLOCKS]
     assert text.count("<!-- rows: ") == text.count("<!-- end rows -->") == len(report.BLOCKS)
+
+
+def test_the_readme_asks_for_cases_that_exist(bench):
+    workloads = bench("workloads")
+    options = workloads.Options(device=torch.device("cpu"))
+    for _, kind, what, name in bench("report").SPEED:
+        assert any((case.what, case.name) == (what, name) for case in workloads.cases(kind, options)), name
 
 
 def test_every_row_has_its_keys(rows):
