@@ -1,5 +1,4 @@
-"""GPU tests, and files whose libraries are absent, skip with a reason; ops see poisoned `torch.empty`, so that output
-nobody wrote can't pass."""
+"""GPU tests skip with a reason; ops see poisoned `torch.empty`, so that output nobody wrote can't pass."""
 
 import pytest
 import torch
@@ -8,8 +7,12 @@ import pro2sam_fast
 from pro2sam_fast import backends
 
 POISON = {torch.bool: True, torch.uint8: 0xA5, torch.int32: -0x5A5A5A5B, torch.int64: -0x5A5A5A5A5A5A5A5B}
-# A GPU box without a network may lack these; a file that imports one skips there.
+# With --may-lack-libraries (a GPU box without a network), a file that imports one that isn't there skips.
 MAY_LACK = ("PIL", "cv2", "hypothesis", "jsonargparse", "pycocotools", "safetensors", "scipy", "timm", "tqdm")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--may-lack-libraries", action="store_true", help="skip files whose libraries aren't installed")
 
 
 def pytest_report_header():
@@ -29,6 +32,8 @@ def pytest_collection_modifyitems(items):
 def pytest_make_collect_report(collector):
     report = yield
     error = report.call.excinfo.value.__cause__ if report.call.excinfo else None
+    if not collector.config.getoption("--may-lack-libraries"):
+        return report
     if isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] in MAY_LACK:
         report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"Skipped: {error}")
     return report
