@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -148,6 +149,7 @@ def test_what_can_not_be_trusted_is_not_measured(run, tmp_path, monkeypatch, cap
 
 
 def test_red_and_green_tests_are_told_apart(bench, tmp_path):
+    shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)  # has the options that parity names
     (tmp_path / "test_green.py").write_text("def test(): pass")
     (tmp_path / "test_red.py").write_text("def test(): assert False")
     parity = bench("run").parity
