@@ -101,9 +101,9 @@ def _chosen(cases, arguments):
 def parity(tests: list[str]) -> bool:
     """Whether these test files pass against the package that is imported here."""
     program = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "-q", "-p", "no:cacheprovider", "--no-header", "-r", "fE", "--may-lack-libraries"]
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "-r", "fE", "--may-lack-libraries"]
     print("parity:", *tests, flush=True)
-    return subprocess.run([*command, *tests], cwd=ROOT, check=False).returncode == 0
+    return subprocess.run([sys.executable, "-c", program, *options, *tests], cwd=ROOT, check=False).returncode == 0
 
 
 def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict]:
