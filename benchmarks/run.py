@@ -30,7 +30,14 @@ from case import Case, Runs, Skip
 from measuring import ceilings, interleaved, peak_bytes, percentiles
 from rows import RESULTS, ROOT, append, environment, stale_files
 
-KINDS = ("op", "stage", "pipeline", "scaling", "memory", "training")
+KINDS = {
+    "op": "one op at a time, every back end",
+    "stage": "encoder, decoding, filter, post-processing, NMS, matching, box",
+    "pipeline": "from JPEG files to boxes or galleries",
+    "scaling": "cost against points, images, resolution, threads",
+    "memory": "peak memory, each call in a fresh process",
+    "training": "training steps of GTFormer-S and SAT-S",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{op,stage,pipeline,scaling,memory,training}")
-    for kind in KINDS:
-        sub = kinds.add_parser(kind, help=workloads.about(kind))
+    for kind, about in KINDS.items():
+        sub = kinds.add_parser(kind, help=about)
         sub.add_argument("what", nargs="*", help="names to measure; all if none is given")
         sub.add_argument("--case", action="append", default=[], help="name of a case; repeatable")
         sub.add_argument("--all", action="store_true", help="also the cases that take long or much memory")

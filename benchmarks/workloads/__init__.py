@@ -1,4 +1,4 @@
-"""What can be measured, one module a kind; each has `cases(options)` and says in its first line what it measures."""
+"""What can be measured, one module a kind; each has `cases(options)`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from case import Case
 
-__all__ = ["Options", "about", "cases"]
+__all__ = ["Options", "cases"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,6 @@ class Options:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
-
-
-def about(kind: str) -> str:
-    """The first line of the kind's module."""
-    return importlib.import_module(f"workloads.{kind}").__doc__.splitlines()[0]
 
 
 def cases(kind: str, options: Options) -> Iterator[Case]:
