@@ -13,6 +13,7 @@ from PIL import Image
 from rows import ROOT
 
 import pro2sam_fast
+import pro2sam_fast.io
 from pro2sam_fast.models.lite import load_sam_lite
 from pro2sam_fast.testing import backend_cases, forced_isa
 
