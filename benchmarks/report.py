@@ -145,7 +145,10 @@ def speed(rows: list[dict]) -> str:
 def quality(rows: list[dict]) -> str:
     """The accuracy numbers of the bundled weights."""
     found = newest(row for row in rows if row["what"] == "accuracy")
-    lines = [[row["case"], row["photos"], tables.plain(row["metrics"]), reference(row, "benchmarks/")] for row in found]
+    lines = []
+    for row in found:
+        main = {name: value for name, value in row["metrics"].items() if not name.startswith(("source_", "median_"))}
+        lines.append([row["case"], row["photos"], tables.plain(main), reference(row, "benchmarks/")])
     return table(["what", "photos", "measured", "row"], lines) or "No rows yet."
 
 

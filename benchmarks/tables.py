@@ -201,7 +201,7 @@ def size(count: float | None) -> str:
 
 
 def plain(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def natural(text: str) -> list[tuple[int, str]]:
