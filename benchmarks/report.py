@@ -184,7 +184,7 @@ def draw(rows: list[dict], folder: Path) -> None:
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "pro2sam_fast", "svg.fonttype": "none", "font.size": 9})
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     for row in shown:
         facts = row["facts"]
@@ -194,6 +194,8 @@ def draw(rows: list[dict], folder: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=facts["axis"], ylabel="ms", title=f"{row['what']}, {row['case']}")
         ticks = sorted({x for series in facts["series"].values() for x, _ in series})
         axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
