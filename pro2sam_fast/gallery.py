@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .ops import pack_masks, popcount, unpack_masks
-from .postprocess import boxes_of_masks
+from .ops.mask_measure import boxes_of_masks
 from .rle import coco_rle, mask_to_rle, packed_to_dense
 
 __all__ = ["MaskGallery"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from .errors import ConfigError
 from .gallery import MaskGallery
 from .models.sam import DecodedTokens, Sam
-from .ops import pack_masks
-from .postprocess import Frame, boxes_of_masks, measure_masks, nms, remove_small_regions, upsample_chunks
+from .ops import mask_pack, pack_masks
+from .postprocess import Frame, boxes_of_masks, measure_masks, nms, remove_small_regions
 from .predictor import encode_image
 from .transforms import ResizeLongestSide, check_rgb
 
@@ -72,13 +72,15 @@ class _Candidates(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """Candidates that passed the filters, with stability float32 (K,) and boxes int64 (K, 4) in the crop's pixels."""
+    """Candidates that passed the filters: also stability float32 (K,), boxes int64 (K, 4) in the crop's pixels, areas
+    int64 (K,)."""
 
     low_res: Tensor
     iou: Tensor
     points: Tensor
     stability: Tensor
     boxes: Tensor
+    areas: Tensor
 
     def select(self, index: Tensor) -> _Measured:
         return _Measured(*(x[index] for x in self))
@@ -319,31 +321,30 @@ class MaskGenerator:
             yield _Candidates(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _measure(self, batch: _Candidates, frame: Frame) -> _Measured:
-        index, stability, boxes = measure_masks(
+        index, *measures = measure_masks(
             batch.low_res, frame, self.sam.mask_threshold, self.stability_score_offset, self.stability_score_thresh
         )
-        return _Measured(*(x[index] for x in batch), stability, boxes)
+        return _Measured(*(x[index] for x in batch), *measures)
 
     def _write(self, found: _Measured, frame: Frame) -> MaskGallery:
-        h, w = frame.image_size
         x0, y0, x1, y1 = frame.crop_box
-        device = found.iou.device
-        packed = torch.zeros(len(found.iou), h, -(-w // 64), dtype=torch.int64, device=device)
-        areas = torch.zeros(len(found.iou), dtype=torch.int64, device=device)
-        for part, logits in upsample_chunks(found.low_res, frame):
-            masks = torch.zeros(len(logits), h, w, dtype=torch.bool, device=device)
-            masks[:, y0:y1, x0:x1] = logits > self.sam.mask_threshold
-            packed[part] = pack_masks(masks)
-            areas[part] = masks.sum(dim=(1, 2))
         return MaskGallery(
             size=frame.image_size,
-            masks=packed,
+            masks=mask_pack(
+                found.low_res,
+                frame.img_size,
+                frame.input_size,
+                frame.crop_size,
+                self.sam.mask_threshold,
+                frame.image_size,
+                (y0, x0),
+            ),
             boxes=found.boxes + found.boxes.new_tensor([x0, y0, x0, y0]),
-            areas=areas,
+            areas=found.areas,
             predicted_iou=found.iou,
             stability=found.stability,
             points=found.points + found.points.new_tensor([x0, y0]),
-            crop_boxes=torch.tensor([[x0, y0, x1, y1]], device=device).expand(len(found.iou), 4),
+            crop_boxes=found.boxes.new_tensor([[x0, y0, x1, y1]]).expand(len(found.iou), 4),
         )
 
     def _finish(self, crops: list[MaskGallery]) -> MaskGallery:

@@ -6,14 +6,15 @@ the same logits give the same masks bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
+
+from .ops import mask_measure
+from .ops.mask_measure import boxes_of_masks, upsample_logits
 
 __all__ = [
     "Frame",
@@ -22,13 +23,9 @@ __all__ = [
     "near_crop_edge",
     "nms",
     "remove_small_regions",
-    "stability_score",
-    "upsample_chunks",
     "upsample_logits",
 ]
 
-# Floats that one chunk of full-resolution logits may hold (64 MiB); results do not depend on it.
-_CHUNK_ELEMENTS = 1 << 24
 # A box side this close (pixels) to a crop's side touches it.
 _EDGE_TOLERANCE = 20.0
 _EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
@@ -56,67 +53,6 @@ class Frame(NamedTuple):
         return self.crop_size == tuple(self.image_size)
 
 
-def upsample_logits(
-    low_res: Tensor, img_size: int, input_size: tuple[int, int], original_size: tuple[int, int]
-) -> Tensor:
-    """Mask logits at the resolution of the photo.
-
-    Two bilinear resizes (half-pixel centres, no antialiasing): to the S x S input frame, cut to the part that is not
-    padding, then to the photo. Computed in float32.
-
-    The masks are passed as a batch of one-channel images. With exactly three channels and one thread PyTorch's CPU
-    kernel rounds in another order; one channel gives the multi-threaded result whatever the number of threads or masks.
-
-    Args:
-        low_res: (K, 4e, 4e) logits.
-        img_size: S.
-        input_size: (h, w) of the resized photo, at most (S, S).
-        original_size: (H, W) of the photo.
-
-    Returns:
-        float32 (K, H, W).
-    """
-    if low_res.shape[0] == 0:
-        return low_res.new_zeros((0, *original_size), dtype=torch.float32)
-    x = low_res.float().unsqueeze(1)
-    x = F.interpolate(x, (img_size, img_size), mode="bilinear", align_corners=False)
-    x = x[..., : input_size[0], : input_size[1]]
-    return F.interpolate(x, tuple(original_size), mode="bilinear", align_corners=False).squeeze(1)
-
-
-def upsample_chunks(low_res: Tensor, frame: Frame) -> Iterator[tuple[slice, Tensor]]:
-    """The masks of a crop at its own resolution, a few at a time: slices of K with their float32 logits (k, h, w)."""
-    h, w = frame.crop_size
-    step = max(1, _CHUNK_ELEMENTS // (frame.img_size**2 + h * w))
-    for start in range(0, low_res.shape[0], step):
-        part = slice(start, min(start + step, low_res.shape[0]))
-        yield part, upsample_logits(low_res[part], frame.img_size, frame.input_size, (h, w))
-
-
-def stability_score(logits: Tensor, mask_threshold: float, offset: float) -> Tensor:
-    """IoU of the masks cut at ``mask_threshold + offset`` and ``- offset``: logits (K, H, W) -> float32 (K,).
-
-    The smaller mask lies in the larger, so this is a ratio of pixel counts. NaN where both are empty.
-    """
-    high = (logits > mask_threshold + offset).sum(-1, dtype=torch.int32).sum(-1, dtype=torch.int32)
-    low = (logits > mask_threshold - offset).sum(-1, dtype=torch.int32).sum(-1, dtype=torch.int32)
-    return high / low
-
-
-def boxes_of_masks(masks: Tensor) -> Tensor:
-    """Boxes of bool masks (K, H, W): int64 (K, 4), XYXY of the extreme pixels; [0, 0, 0, 0] for an empty mask."""
-    if masks.numel() == 0:
-        return torch.zeros(masks.shape[0], 4, dtype=torch.int64, device=masks.device)
-    spans = []
-    for occupied in (masks.any(dim=1), masks.any(dim=2)):
-        n = occupied.shape[1]
-        first = occupied.to(torch.uint8).argmax(dim=1)
-        last = n - 1 - occupied.flip(1).to(torch.uint8).argmax(dim=1)
-        spans.append((first, last))
-    (x0, x1), (y0, y1) = spans
-    return torch.stack([x0, y0, x1, y1], dim=1) * masks.any(dim=2).any(dim=1)[:, None]
-
-
 def near_crop_edge(boxes: Tensor, frame: Frame) -> Tensor:
     """Which boxes, int64 (K, 4) in the crop's pixels, touch a crop side that is no image side: bool (K,)."""
     x0, y0, _, _ = frame.crop_box
@@ -129,39 +65,33 @@ def near_crop_edge(boxes: Tensor, frame: Frame) -> Tensor:
 
 def measure_masks(
     low_res: Tensor, frame: Frame, mask_threshold: float, stability_offset: float, stability_thresh: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Drops unstable masks and masks cut by a crop side; a few masks at full resolution at a time.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Drops unstable masks and masks cut by a crop side.
+
+    The stability score is the IoU of the masks cut at ``mask_threshold + stability_offset`` and ``- stability_offset``
+    at the crop's resolution. The smaller mask lies in the larger, so this is a ratio of pixel counts; NaN where both
+    are empty.
 
     Args:
-        low_res: (K, 4e, 4e) logits.
+        low_res: float32 (K, 4e, 4e) logits.
         frame: the crop.
         mask_threshold: a pixel belongs to the mask where its logit is above this.
-        stability_offset: see :func:`stability_score`.
+        stability_offset: in logits.
         stability_thresh: least stability score kept; 0 or less keeps all.
 
     Returns:
-        Indices int64 (k,) of the masks kept, their stability float32 (k,) and boxes int64 (k, 4) in the crop's pixels.
+        Indices int64 (k,) of the masks kept, their stability float32 (k,), boxes int64 (k, 4) in the crop's pixels and
+        areas int64 (k,).
     """
-    device = low_res.device
-    kept, scores, boxes = [], [], []
-    for part, logits in upsample_chunks(low_res, frame):
-        stability = stability_score(logits, mask_threshold, stability_offset)
-        index = torch.arange(part.start, part.stop, device=device)
-        if stability_thresh > 0.0:
-            keep = stability >= stability_thresh
-            logits, stability, index = logits[keep], stability[keep], index[keep]
-        box = boxes_of_masks(logits > mask_threshold)
-        keep = ~near_crop_edge(box, frame)
-        kept.append(index[keep])
-        scores.append(stability[keep])
-        boxes.append(box[keep])
-    if not kept:
-        return (
-            torch.zeros(0, dtype=torch.int64, device=device),
-            torch.zeros(0, device=device),
-            torch.zeros(0, 4, dtype=torch.int64, device=device),
-        )
-    return torch.cat(kept), torch.cat(scores), torch.cat(boxes)
+    inner, outer, areas, boxes = mask_measure(
+        low_res, frame.img_size, frame.input_size, frame.crop_size, mask_threshold, stability_offset
+    )
+    stability = inner / outer
+    keep = ~near_crop_edge(boxes, frame)
+    if stability_thresh > 0.0:
+        keep &= stability >= stability_thresh
+    index = keep.nonzero().squeeze(1)
+    return index, stability[index], boxes[index], areas[index]
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

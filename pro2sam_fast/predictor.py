@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import ConfigError, Pro2SamError
 from .models.sam import Sam
+from .ops import mask_pack, unpack_masks
 from .postprocess import upsample_logits
 from .transforms import ResizeLongestSide, check_rgb
 
@@ -193,13 +194,13 @@ class SamPredictor:
             dense_prompt_embeddings=dense,
             multimask_output=multimask_output,
         )
-        masks = [
-            upsample_logits(logits, model.image_encoder.img_size, self.input_sizes[index], self.original_sizes[index])
-            for logits in low_res
-        ]
-        if not return_logits:
-            masks = [logits > model.mask_threshold for logits in masks]
-        return torch.stack(masks), iou, low_res
+        logits = low_res.flatten(0, 1).float()
+        frame = model.image_encoder.img_size, self.input_sizes[index], self.original_sizes[index]
+        if return_logits:
+            masks = upsample_logits(logits, *frame)
+        else:
+            masks = unpack_masks(mask_pack(logits, *frame, model.mask_threshold), frame[-1][1])
+        return masks.unflatten(0, low_res.shape[:2]), iou, low_res
 
     def get_image_embedding(self, image_index: int = 0) -> Tensor:
         """Embedding (1, D, e, e) of a photo that was set."""

@@ -16,7 +16,6 @@ from pro2sam_fast.postprocess import (
     near_crop_edge,
     nms,
     remove_small_regions,
-    stability_score,
     upsample_logits,
 )
 from pro2sam_fast.rle import coco_rle, mask_to_rle, rle_to_mask
@@ -142,11 +141,16 @@ def test_measures_have_the_values_of_the_original():
     logits[4], logits[5] = -9.0, 1e4
     logits[4, 3, 4] = 2.0
     logits[6] = -1e4
-    found = stability_score(logits, 0.0, 1.0)
+    square = torch.nn.functional.pad(logits, (0, 0, 0, 10))
+    frame = Frame(50, (40, 50), (0, 0, 50, 40), (40, 50))
+    kept, found, boxes, areas = measure_masks(square, frame, 0.0, 1.0, 0.0)
+    assert kept.tolist() == list(range(18))
     theirs = amg.calculate_stability_score(logits, 0.0, 1.0)
     np.testing.assert_array_equal(found.numpy(), theirs.numpy())
     assert found.dtype == theirs.dtype and bool(found.isnan().any())
     masks = logits > 0
+    assert torch.equal(areas, masks.sum(dim=(1, 2)))
+    assert torch.equal(boxes, amg.batched_mask_to_box(masks))
     assert torch.equal(boxes_of_masks(masks), amg.batched_mask_to_box(masks))
     assert boxes_of_masks(masks)[4].tolist() == [4, 3, 4, 3]
     assert boxes_of_masks(masks)[6].tolist() == [0, 0, 0, 0]
@@ -154,9 +158,9 @@ def test_measures_have_the_values_of_the_original():
 
 def test_measuring_nothing():
     frame = Frame(64, (64, 48), (0, 0, 60, 80), (80, 60))
-    kept, stability, boxes = measure_masks(torch.zeros(0, 16, 16), frame, 0.0, 1.0, 0.95)
-    assert kept.shape == (0,) and stability.shape == (0,) and boxes.shape == (0, 4)
-    assert kept.dtype == boxes.dtype == torch.int64
+    kept, stability, boxes, areas = measure_masks(torch.zeros(0, 16, 16), frame, 0.0, 1.0, 0.95)
+    assert kept.shape == stability.shape == areas.shape == (0,) and boxes.shape == (0, 4)
+    assert kept.dtype == boxes.dtype == areas.dtype == torch.int64
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,9 @@
 """MaskGenerator against SamAutomaticMaskGenerator: once with a stand-in network whose masks make every filter bite and
 whose arithmetic is the same for both (exact equality), once with real modules and random weights."""
 
+import functools
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from pro2sam_fast.gallery import MaskGallery
 from pro2sam_fast.generator import MaskGenerator, crop_boxes, point_grid
 from pro2sam_fast.models.sam import DecodedTokens, Sam
 from pro2sam_fast.models.sam.build import build_vit_sam, to_segment_anything
+from pro2sam_fast.ops import mask_measure, mask_pack
 
 SIDE = 64
 GRID = 8
@@ -370,7 +374,10 @@ def test_chunks_of_full_resolution_logits_do_not_matter(monkeypatch):
     generator = MaskGenerator(blob_sam(), **LOOSE, crop_n_layers=1)
     image = photo(71, 96)
     base = generator.generate(image)[0]
-    monkeypatch.setattr("pro2sam_fast.postprocess._CHUNK_ELEMENTS", 1)
+    for name, op in (("postprocess.mask_measure", mask_measure), ("generator.mask_pack", mask_pack)):
+        monkeypatch.setattr(f"pro2sam_fast.{name}", functools.partial(op, backend="reference"))
+    assert same(base, generator.generate(image)[0])
+    monkeypatch.setattr(importlib.import_module("pro2sam_fast.ops.mask_measure"), "_CHUNK_ELEMENTS", 1)
     assert same(base, generator.generate(image)[0])
 
 

@@ -1,7 +1,11 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "p2s/isa.h"
 #include "p2s/mask_match.h"
+#include "p2s/mask_measure.h"
 #include "status.h"
 
 namespace py = pybind11;
@@ -52,4 +56,36 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>(),
       "a (rows, words), b (columns, words) -> iou (rows, columns); areas: scratch (rows + columns). Returns the "
       "instruction set that ran.");
+
+  // rows, columns, img_size, input_height, input_width, height, width
+  using Frame = std::array<int64_t, 7>;
+  const auto frame_of = [](const Frame& f) { return MaskFrame{f[0], f[1], f[2], f[3], f[4], f[5], f[6]}; };
+  m.def(
+      "mask_measure",
+      [frame_of](uintptr_t low_res, uintptr_t inner, uintptr_t outer, uintptr_t areas, uintptr_t boxes, int64_t count,
+                 const Frame& frame, float high, float low, float cut, int threads) {
+        const char* isa = nullptr;
+        raise_unless_ok(mask_measure_cpu({pointer<const float>(low_res), pointer<int64_t>(inner), pointer<int64_t>(outer),
+                                          pointer<int64_t>(areas), pointer<int64_t>(boxes), count, frame_of(frame), high,
+                                          low, cut},
+                                         threads, &isa),
+                        "mask_measure");
+        return isa;
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "low_res (count, rows, columns) -> inner, outer, areas (count), boxes (count, 4). Returns the instruction set that "
+      "ran.");
+  m.def(
+      "mask_pack",
+      [frame_of](uintptr_t low_res, uintptr_t masks, int64_t count, const Frame& frame, float cut, int64_t image_height,
+                 int64_t words, int64_t x0, int64_t y0, int threads) {
+        const char* isa = nullptr;
+        raise_unless_ok(mask_pack_cpu({pointer<const float>(low_res), pointer<uint64_t>(masks), count, frame_of(frame),
+                                       cut, image_height, words, x0, y0},
+                                      threads, &isa),
+                        "mask_pack");
+        return isa;
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "low_res (count, rows, columns) -> masks (count, image_height, words). Returns the instruction set that ran.");
 }

@@ -1,6 +1,7 @@
 """Exact tensor operations, each with a plain reference and faster back ends; see CONTRIBUTING.md to add one."""
 
 from .mask_match import mask_iou, mask_match
+from .mask_measure import mask_measure, mask_pack
 from .packing import pack_masks, popcount, unpack_masks
 
-__all__ = ["mask_iou", "mask_match", "pack_masks", "popcount", "unpack_masks"]
+__all__ = ["mask_iou", "mask_match", "mask_measure", "mask_pack", "pack_masks", "popcount", "unpack_masks"]
