@@ -26,6 +26,9 @@ __all__ = ["mask_measure", "mask_pack", "upsample_logits"]
 # Floats that one chunk of full-resolution logits may hold (64 MiB); results do not depend on it.
 _CHUNK_ELEMENTS = 1 << 24
 
+# Outputs of at most so many rows and columns together go to another kernel of PyTorch's, which rounds in another order.
+_FEW_ROWS_AND_COLUMNS = 128
+
 Size = Sequence[int]
 Measures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -202,7 +205,13 @@ def _empty_mask_pack(low_res, img_size, input_size, size, threshold, canvas, ori
     return torch.empty(shape, dtype=torch.int64, device=low_res.device)
 
 
+def _leave_to_torch(img_size: int, size: Size) -> bool:
+    return min(2 * img_size, sum(size)) <= _FEW_ROWS_AND_COLUMNS
+
+
 def _mask_measure_cpu(low_res, img_size, input_size, size, threshold, offset):
+    if _leave_to_torch(img_size, size):
+        return _mask_measure(low_res, img_size, input_size, size, threshold, offset)
     low_res = low_res.contiguous()
     out = _empty_mask_measure(low_res, img_size, input_size, size, threshold, offset)
     _native._cpu.mask_measure(
@@ -217,6 +226,8 @@ def _mask_measure_cpu(low_res, img_size, input_size, size, threshold, offset):
 
 
 def _mask_pack_cpu(low_res, img_size, input_size, size, threshold, canvas, origin):
+    if _leave_to_torch(img_size, size):
+        return _mask_pack(low_res, img_size, input_size, size, threshold, canvas, origin)
     low_res = low_res.contiguous()
     masks = _empty_mask_pack(low_res, img_size, input_size, size, threshold, canvas, origin)
     _native._cpu.mask_pack(
