@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from scipy import ndimage
 from torch import Tensor
 
+from . import ops
 from .ops import mask_measure
 from .ops.mask_measure import boxes_of_masks, upsample_logits
 
@@ -109,22 +109,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Returns:
         int64 (k,): indices of the boxes kept, in the order of the visit, on the device of ``boxes``.
     """
-    order = scores.detach().cpu().sort(descending=True, stable=True).indices.numpy()
-    x0, y0, x1, y1 = np.ascontiguousarray(boxes.detach().cpu().float().numpy()[order].T)
-    areas = (x1 - x0) * (y1 - y0)
-    alive = np.ones(len(order), dtype=bool)
-    zero = np.float32(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for i in range(len(order)):
-            if not alive[i]:
-                continue
-            rest = slice(i + 1, None)
-            width = np.maximum(zero, np.minimum(x1[i], x1[rest]) - np.maximum(x0[i], x0[rest]))
-            height = np.maximum(zero, np.minimum(y1[i], y1[rest]) - np.maximum(y0[i], y0[rest]))
-            overlap = width * height
-            iou = overlap / (areas[i] + areas[rest] - overlap)
-            alive[rest] &= ~(iou.astype(np.float64) > iou_threshold)
-    return torch.from_numpy(order[alive]).to(boxes.device)
+    keep, kept = ops.nms(boxes.detach().cpu().float(), scores.detach().cpu(), iou_threshold)
+    return keep[: int(kept)].to(boxes.device)
 
 
 def remove_small_regions(mask: np.ndarray, min_area: float, mode: str) -> tuple[np.ndarray, bool]:

@@ -6,6 +6,7 @@
 #include "p2s/isa.h"
 #include "p2s/mask_match.h"
 #include "p2s/mask_measure.h"
+#include "p2s/nms.h"
 #include "status.h"
 
 namespace py = pybind11;
@@ -88,4 +89,17 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::call_guard<py::gil_scoped_release>(),
       "low_res (count, rows, columns) -> masks (count, image_height, words). Returns the instruction set that ran.");
+
+  m.def(
+      "nms",
+      [](uintptr_t boxes, uintptr_t order, uintptr_t keep, uintptr_t kept, int64_t count, double threshold) {
+        const char* isa = nullptr;
+        raise_unless_ok(nms_cpu({pointer<const float>(boxes), pointer<const int64_t>(order), pointer<int64_t>(keep),
+                                 pointer<int64_t>(kept), count, threshold},
+                                &isa),
+                        "nms");
+        return isa;
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "boxes (count, 4), order (count) -> keep (count), kept (1). Returns the instruction set that ran.");
 }

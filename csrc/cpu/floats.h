@@ -27,6 +27,10 @@ struct Floats {
     return {_mm512_mask_loadu_ps(rest.v, static_cast<__mmask16>((1u << n) - 1u), p)};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  friend Floats operator+(Floats x, Floats y) { return {_mm512_add_ps(x.v, y.v)}; }
+  friend Floats operator-(Floats x, Floats y) { return {_mm512_sub_ps(x.v, y.v)}; }
+  friend Floats operator*(Floats x, Floats y) { return {_mm512_mul_ps(x.v, y.v)}; }
+  friend Floats operator/(Floats x, Floats y) { return {_mm512_div_ps(x.v, y.v)}; }
   static Floats min(Floats x, Floats y) { return {_mm512_min_ps(x.v, y.v)}; }
   static Floats max(Floats x, Floats y) { return {_mm512_max_ps(x.v, y.v)}; }
   float least() const { return _mm512_reduce_min_ps(v); }
@@ -66,6 +70,10 @@ struct Floats {
     return {_mm256_blendv_ps(rest.v, _mm256_maskload_ps(p, lanes), _mm256_castsi256_ps(lanes))};
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  friend Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.v, y.v)}; }
+  friend Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.v, y.v)}; }
+  friend Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.v, y.v)}; }
+  friend Floats operator/(Floats x, Floats y) { return {_mm256_div_ps(x.v, y.v)}; }
   static Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.v, y.v)}; }
   static Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.v, y.v)}; }
   float least() const {
@@ -118,6 +126,10 @@ struct Floats {
   }
   static Floats load_part(const float*, int64_t, Floats rest) { return rest; }
   void store(float* p) const { *p = v; }
+  friend Floats operator+(Floats x, Floats y) { return {x.v + y.v}; }
+  friend Floats operator-(Floats x, Floats y) { return {x.v - y.v}; }
+  friend Floats operator*(Floats x, Floats y) { return {x.v * y.v}; }
+  friend Floats operator/(Floats x, Floats y) { return {x.v / y.v}; }
   static Floats min(Floats x, Floats y) { return y.v < x.v ? y : x; }
   static Floats max(Floats x, Floats y) { return x.v < y.v ? y : x; }
   float least() const { return v; }

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kPixelsPerThread = int64_t{1} << 19;
 constexpr int64_t kWordBits = 64;
 constexpr int64_t kIndices = 4, kWeights = 6;
-constexpr int64_t kBandRows = 16;
+constexpr int64_t kBandRows = 32;
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 

@@ -2,6 +2,7 @@
 
 from .mask_match import mask_iou, mask_match
 from .mask_measure import mask_measure, mask_pack
+from .nms import nms
 from .packing import pack_masks, popcount, unpack_masks
 
-__all__ = ["mask_iou", "mask_match", "mask_measure", "mask_pack", "pack_masks", "popcount", "unpack_masks"]
+__all__ = ["mask_iou", "mask_match", "mask_measure", "mask_pack", "nms", "pack_masks", "popcount", "unpack_masks"]
