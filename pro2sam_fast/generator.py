@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .gallery import MaskGallery
 from .models.sam import DecodedTokens, Sam
-from .ops import mask_pack, pack_masks
+from .ops import mask_pack, pack_masks, unpack_masks
 from .postprocess import Frame, boxes_of_masks, measure_masks, nms, remove_small_regions
 from .predictor import encode_image
 from .transforms import ResizeLongestSide, check_rgb
@@ -359,26 +359,21 @@ class MaskGenerator:
 
     def _clean(self, gallery: MaskGallery) -> MaskGallery:
         """Removes small regions; masks that had any give way to equal ones that had none."""
-        packed, boxes, areas, changed = [], [], [], []
+        masks, boxes, areas = gallery.masks.clone(), gallery.boxes.clone(), gallery.areas.clone()
+        changed = torch.zeros(len(gallery), dtype=torch.bool, device=gallery.device)
         for i in range(len(gallery)):
-            mask = gallery.select([i]).dense()[0].cpu().numpy()
+            mask = unpack_masks(gallery.masks[i], gallery.size[1]).cpu().numpy()
             mask, filled = remove_small_regions(mask, self.min_mask_region_area, "holes")
             mask, removed = remove_small_regions(mask, self.min_mask_region_area, "islands")
-            mask = torch.from_numpy(mask).unsqueeze(0)
-            packed.append(pack_masks(mask))
-            boxes.append(boxes_of_masks(mask))
-            areas.append(mask.sum(dim=(1, 2)))
-            changed.append(filled or removed)
-        if not changed:
-            return gallery
-        device = gallery.device
-        packed, boxes, areas = (torch.cat(parts).to(device) for parts in (packed, boxes, areas))
-        changed = torch.tensor(changed, device=device)
+            if filled or removed:
+                mask = torch.from_numpy(mask).unsqueeze(0)
+                masks[i], boxes[i], areas[i] = pack_masks(mask)[0], boxes_of_masks(mask)[0], mask.sum()
+                changed[i] = True
         keep = nms(boxes, (~changed).float(), max(self.box_nms_thresh, self.crop_nms_thresh))
         cleaned = MaskGallery(
             size=gallery.size,
-            masks=packed,
-            boxes=torch.where(changed[:, None], boxes, gallery.boxes),
+            masks=masks,
+            boxes=boxes,
             areas=areas,
             predicted_iou=gallery.predicted_iou,
             stability=gallery.stability,

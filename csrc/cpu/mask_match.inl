@@ -17,16 +17,25 @@ inline int64_t area(const uint64_t* x, int64_t words) {
   return sum.sum();
 }
 
-inline float match_one(const uint64_t* x, const uint64_t* y, int64_t words) {
-  Words inter = Words::zero(), uni = Words::zero();
-  const auto step = [&](Words p, Words q) {
-    inter += (p & q).popcount();
-    uni += (p | q).popcount();
+// Scores of N consecutive masks at `x`: N streams from memory, and the query is loaded once for them.
+template <int N>
+inline void match(const uint64_t* x, const uint64_t* y, int64_t words, float* scores) {
+  Words inter[N], uni[N];
+  for (int k = 0; k < N; ++k) inter[k] = uni[k] = Words::zero();
+  const auto step = [&](int k, Words p, Words q) {
+    inter[k] += (p & q).popcount();
+    uni[k] += (p | q).popcount();
   };
   int64_t w = 0;
-  for (; w + Words::size <= words; w += Words::size) step(Words::load(x + w), Words::load(y + w));
-  if (w < words) step(Words::load_part(x + w, words - w), Words::load_part(y + w, words - w));
-  return ratio(inter.sum(), uni.sum());
+  for (; w + Words::size <= words; w += Words::size) {
+    const Words q = Words::load(y + w);
+    for (int k = 0; k < N; ++k) step(k, Words::load(x + k * words + w), q);
+  }
+  if (w < words) {
+    const Words q = Words::load_part(y + w, words - w);
+    for (int k = 0; k < N; ++k) step(k, Words::load_part(x + k * words + w, words - w), q);
+  }
+  for (int k = 0; k < N; ++k) scores[k] = ratio(inter[k].sum(), uni[k].sum());
 }
 
 // |x & y_j| of one mask with N consecutive masks at `y`.
@@ -55,9 +64,12 @@ inline void intersect(const uint64_t* x, const uint64_t* y, int64_t words, int64
 namespace p2s {
 
 const char* P2S_NAME(mask_match_rows)(const MaskMatchArgs& args, int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; ++k) {
-    args.scores[k] = match_one(args.masks + k * args.words, args.query, args.words);
+  constexpr int kRows = 4;
+  int64_t k = begin;
+  for (; k + kRows <= end; k += kRows) {
+    match<kRows>(args.masks + k * args.words, args.query, args.words, args.scores + k);
   }
+  for (; k < end; ++k) match<1>(args.masks + k * args.words, args.query, args.words, args.scores + k);
   return kIsaName;
 }
 

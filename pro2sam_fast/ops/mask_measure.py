@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .. import _native
 from ._backends import check_call, register
-from .packing import pack_masks, words_per_row
+from .packing import pack_masks, unpack_masks, words_per_row
 
 __all__ = ["mask_measure", "mask_pack", "upsample_logits"]
 
@@ -91,14 +91,30 @@ def boxes_of_masks(masks: torch.Tensor) -> torch.Tensor:
     """Boxes of bool masks (K, H, W): int64 (K, 4), XYXY of the extreme pixels; [0, 0, 0, 0] for an empty mask."""
     if masks.numel() == 0:
         return torch.zeros(masks.shape[0], 4, dtype=torch.int64, device=masks.device)
+    return _boxes(masks.any(dim=1), masks.any(dim=2))
+
+
+def boxes_of_packed(masks: torch.Tensor, width: int) -> torch.Tensor:
+    """Boxes of packed masks, int64 (K, H, ceil(width / 64)), as those of `boxes_of_masks`."""
+    if masks.numel() == 0:
+        return torch.zeros(masks.shape[0], 4, dtype=torch.int64, device=masks.device)
+    rows = (masks != 0).any(dim=2)
+    while masks.shape[1] > 1:
+        half = masks.shape[1] // 2
+        masks = torch.cat([masks[:, :half] | masks[:, half : 2 * half], masks[:, 2 * half :]], dim=1)
+    return _boxes(unpack_masks(masks, width).squeeze(1), rows)
+
+
+def _boxes(columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Boxes (K, 4) of masks that occupy columns bool (K, W) and rows bool (K, H)."""
     spans = []
-    for occupied in (masks.any(dim=1), masks.any(dim=2)):
+    for occupied in (columns, rows):
         n = occupied.shape[1]
         first = occupied.to(torch.uint8).argmax(dim=1)
         last = n - 1 - occupied.flip(1).to(torch.uint8).argmax(dim=1)
         spans.append((first, last))
     (x0, x1), (y0, y1) = spans
-    return torch.stack([x0, y0, x1, y1], dim=1) * masks.any(dim=2).any(dim=1)[:, None]
+    return torch.stack([x0, y0, x1, y1], dim=1) * rows.any(dim=1)[:, None]
 
 
 def mask_measure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -15,6 +17,7 @@ from ..boxes import Box, iou_exact, largest_component, largest_component_box, ma
 from ..errors import ConfigError, Pro2SamError
 from ..gallery import MaskGallery
 from ..ops import mask_match, pack_masks, unpack_masks
+from ..ops.mask_measure import boxes_of_packed
 
 __all__ = ["MatchResult", "NoMaskError", "fills_frame", "grid_masks", "match"]
 
@@ -155,18 +158,35 @@ def fills_frame(masks: Tensor, width: int, min_region: int = 10) -> np.ndarray:
     """
     # The closing reaches the border from at most one pixel away, so a mask that stays two pixels away from some border
     # fills the frame only by the fallback. That is excluded by any horizontal run of min_region pixels.
-    left, right = _column(masks, 0), _column(masks, width - 1)
-    if width > 1:
-        left, right = left | _column(masks, 1), right | _column(masks, width - 2)
-    near_all = left.any(1) & right.any(1) & (masks[:, :2] != 0).any(2).any(1) & (masks[:, -2:] != 0).any(2).any(1)
-    clear = ~near_all & _has_run(masks, min_region)
-    filled = np.zeros(len(masks), dtype=bool)
-    undecided = np.flatnonzero(~clear.cpu().numpy())
+    near_all = torch.stack([near.flatten(1).any(1) for near in _sides(masks, width, 2, torch.bitwise_or)]).all(0)
+    filled = torch.zeros_like(near_all)
+    undecided = (near_all | ~_has_run(masks, min_region)).nonzero().squeeze(1)
+    if min_region <= min(width, masks.shape[1]):
+        # A run of min_region pixels from a border inwards is part of a region that counts; one from each settles it.
+        runs = _sides(masks[undecided], width, max(min_region, 1), torch.bitwise_and)
+        settled = torch.stack([run.flatten(1).any(1) for run in runs]).all(0)
+        filled[undecided] = settled
+        undecided = undecided[~settled]
     if len(undecided):
         frame = (0, 0, width, masks.shape[1])
-        dense = unpack_masks(masks[torch.from_numpy(undecided).to(masks.device)], width).cpu().numpy()
-        filled[undecided] = [otsu_union(mask, min_region) == frame for mask in dense]
-    return filled
+        dense = unpack_masks(masks[undecided], width).cpu().numpy()
+        filled[undecided] = filled.new_tensor([otsu_union(mask, min_region) == frame for mask in dense])
+    return filled.cpu().numpy()
+
+
+def _sides(masks: Tensor, width: int, depth: int, combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """The `depth` lines of packed masks (K, H, words) along each border, where there are so many, combined to one.
+
+    Top and bottom as words (K, words), left and right as 0 or 1 (K, H).
+    """
+    rows, columns = range(min(depth, masks.shape[1])), range(min(depth, width))
+    lines = (
+        [masks[:, y] for y in rows],
+        [masks[:, -1 - y] for y in rows],
+        [_column(masks, x) for x in columns],
+        [_column(masks, width - 1 - x) for x in columns],
+    )
+    return [functools.reduce(combine, side) for side in lines]
 
 
 def grid_masks(masks: Tensor, width: int, grid: tuple[int, int]) -> Tensor:
@@ -236,10 +256,9 @@ def _similarity(gallery: MaskGallery, coarse_map: Tensor, threshold: float, reso
 
 def _box_similarity(masks: Tensor, binary: Tensor) -> np.ndarray:
     """Exact IoU float32 (K,) of the extents of packed masks with that of one bool mask; 0 where one is empty."""
-    nothing = (0, 0, 0, 0)
-    dense = (unpack_masks(mask, binary.shape[1]).cpu().numpy() for mask in masks)
-    boxes = np.array([tight_box(mask) or nothing for mask in dense]).reshape(-1, 4)
-    return iou_exact(boxes, tight_box(binary.cpu().numpy()) or nothing).astype(np.float32)
+    boxes = boxes_of_packed(masks, binary.shape[1]).cpu().numpy()
+    boxes[:, 2:] += masks.flatten(1).any(1).cpu().numpy()[:, None]
+    return iou_exact(boxes, tight_box(binary.cpu().numpy()) or (0, 0, 0, 0)).astype(np.float32)
 
 
 def _check_map(coarse_map: Tensor) -> Tensor:
