@@ -11,7 +11,7 @@
 #endif
 
 namespace {
-namespace P2S_ISA {
+inline namespace P2S_ISA {
 
 // `window`: over how many neighbouring values `Window` picks by index; `Anywhere` picks over any distance.
 // `above` and `within` return one bit a lane; `within` asks for |x| < limit, which NaN isn't.

@@ -4,6 +4,7 @@
 #include "words.h"
 
 namespace {
+inline namespace P2S_ISA {
 
 inline float ratio(int64_t inter, int64_t uni) {
   return uni == 0 ? 0.0f : static_cast<float>(inter) / static_cast<float>(uni);
@@ -55,11 +56,8 @@ inline void intersect(const uint64_t* x, const uint64_t* y, int64_t words, int64
   for (int j = 0; j < N; ++j) out[j] = sum[j].sum();
 }
 
+}  // namespace P2S_ISA
 }  // namespace
-
-#define P2S_JOIN_(a, b) a##_##b
-#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
-#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
 
 namespace p2s {
 

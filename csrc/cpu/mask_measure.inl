@@ -6,11 +6,7 @@
 
 namespace p2s {
 namespace {
-namespace P2S_ISA {
-
-using ::P2S_ISA::Anywhere;
-using ::P2S_ISA::Floats;
-using ::P2S_ISA::Window;
+inline namespace P2S_ISA {
 
 constexpr int64_t kBits = 64;
 // Words of a strip that is computed together; its rows stay in the first-level cache.
@@ -217,16 +213,11 @@ struct Extent {
 }  // namespace P2S_ISA
 }  // namespace
 
-#define P2S_JOIN_(a, b) a##_##b
-#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
-#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
-
 MaskLanes P2S_NAME(mask_measure_lanes)() {
-  return {kIsaName, P2S_ISA::Floats::size, P2S_ISA::Floats::window};
+  return {kIsaName, Floats::size, Floats::window};
 }
 
 void P2S_NAME(mask_measure_one)(const MaskMeasureArgs& args, const MaskPlan& plan, int64_t k) {
-  using namespace P2S_ISA;
   enum { kHigh, kLow, kCut, kCuts };
   const float cuts[kCuts] = {args.high, args.low, args.cut};
   const Logits logits = logits_of(args.low_res, plan.frame, k);
@@ -253,7 +244,6 @@ void P2S_NAME(mask_measure_one)(const MaskMeasureArgs& args, const MaskPlan& pla
 }
 
 void P2S_NAME(mask_pack_one)(const MaskPackArgs& args, const MaskPlan& plan, int64_t k) {
-  using namespace P2S_ISA;
   const float cuts[1] = {args.cut};
   const Logits logits = logits_of(args.low_res, plan.frame, k);
   uint64_t* mask = args.masks + k * args.image_height * args.words;

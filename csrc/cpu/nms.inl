@@ -6,9 +6,7 @@
 
 namespace p2s {
 namespace {
-namespace P2S_ISA {
-
-using ::P2S_ISA::Floats;
+inline namespace P2S_ISA {
 
 // Which of the 64 boxes from `at` on have an IoU with box i above the threshold. 0 / 0 isn't.
 inline uint64_t overlapping(const NmsBoxes& b, int64_t i, int64_t at) {
@@ -29,10 +27,6 @@ inline uint64_t overlapping(const NmsBoxes& b, int64_t i, int64_t at) {
 }  // namespace P2S_ISA
 }  // namespace
 
-#define P2S_JOIN_(a, b) a##_##b
-#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
-#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
-
 int64_t P2S_NAME(nms_greedy)(const NmsBoxes& boxes, int64_t* keep, const char** name) {
   int64_t kept = 0;
   for (int64_t word = 0; word < boxes.words; ++word) {
@@ -41,7 +35,7 @@ int64_t P2S_NAME(nms_greedy)(const NmsBoxes& boxes, int64_t* keep, const char** 
       keep[kept++] = i;
       boxes.alive[word] &= boxes.alive[word] - 1;
       for (int64_t w = word; w < boxes.words; ++w) {
-        if (boxes.alive[w] != 0) boxes.alive[w] &= ~P2S_ISA::overlapping(boxes, i, w * 64);
+        if (boxes.alive[w] != 0) boxes.alive[w] &= ~overlapping(boxes, i, w * 64);
       }
     }
   }

@@ -1,7 +1,7 @@
 #pragma once
 
-// A vector of 64-bit words for the instruction set this translation unit is compiled for. Everything has internal linkage:
-// an inline function shared between units could be replaced by a copy that needs a newer processor.
+// A vector of 64-bit words for the instruction set this translation unit is compiled for, P2S_ISA. Everything has internal
+// linkage: an inline function shared between units could be replaced by a copy that needs a newer processor.
 
 #include <cstdint>
 #include <cstring>
@@ -9,6 +9,11 @@
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+
+// P2S_NAME(op) is op_<isa>.
+#define P2S_JOIN_(a, b) a##_##b
+#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
+#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
 
 namespace {
 
