@@ -82,9 +82,6 @@ class _Measured(NamedTuple):
     boxes: Tensor
     areas: Tensor
 
-    def select(self, index: Tensor) -> _Measured:
-        return _Measured(*(x[index] for x in self))
-
 
 @dataclass(frozen=True)
 class _Decoder:
@@ -301,9 +298,13 @@ class MaskGenerator:
         measured = [self._measure(batch, frame) for batch in self._batches(embedding, points, coords)]
         if not measured:
             return MaskGallery.empty(frame.image_size, device)
-        found = _Measured(*(torch.cat(column) for column in zip(*measured, strict=True)))
-        found = found.select(nms(found.boxes, found.iou, self.box_nms_thresh))
-        return self._write(found, frame)
+        low_res, *columns = zip(*measured, strict=True)
+        iou, points, stability, boxes, areas = map(torch.cat, columns)
+        keep = nms(boxes, iou, self.box_nms_thresh)
+        # the logits of all together are never joined, only those of the masks kept
+        rows = [part[i : i + 1] for part in low_res for i in range(len(part))]
+        kept = torch.cat([low_res[0][:0], *(rows[i] for i in keep.tolist())])
+        return self._write(_Measured(kept, *(x[keep] for x in (iou, points, stability, boxes, areas))), frame)
 
     def _batches(self, embedding: Tensor, points: Tensor, coords: Tensor) -> Iterator[_Candidates]:
         parts: list[_Candidates] = []

@@ -160,8 +160,8 @@ inline void above(const float* top, const float* bottom, const MaskTap& tap, con
   }
 }
 
-// Visits a mask in bands of rows. sure(begin, end, word, all) gets rows of a word where bit i of `all` says of every pixel
-// whether it exceeds cutoff i; unsure(begin, end, word, word_end, row) the rest, to ask row(y, word, bits) for.
+// Visits a mask in bands of rows. sure(begin, end, word, all) gets rows [begin, end) of a word where bit i of `all` says of
+// every pixel whether it exceeds cutoff i; unsure(y, word, bits) every other row of a word, a bit a pixel for each cutoff.
 template <int N, class Sure, class Unsure>
 inline void visit(const MaskPlan& plan, const Logits& logits, const float (&cuts)[N], Sure sure, Unsure unsure) {
   Floats cut[N];
