@@ -70,23 +70,25 @@ def _global_attention(block: Block, weights: _Weights, x: Tensor) -> None:
     h, w, dim = x.shape
     heads = block.attn.num_heads
     tokens = x.view(h * w, dim)
-    qkv = torch.cat(
-        [linear(block.norm1(band).to(weights.dtype), *weights.qkv) for band in tokens.split(_TOKENS_PER_BAND)]
-    )
-    # (N, 3*heads*d) -> q, k (heads, N, d), v (heads, d, N)
-    q, k, v = qkv.view(h * w, 3, heads, -1).permute(1, 2, 0, 3)
-    q, k, v = q.contiguous(), k.contiguous() * q.shape[-1] ** -0.5, v.transpose(1, 2).contiguous()
-    out = torch.empty(h * w, heads, q.shape[-1], dtype=q.dtype)
-    rows = max(1, _MAX_SCORES // (w * h * w))
-    bias = torch.empty(min(rows, h), w, h, w, dtype=q.dtype)
+    y = block.norm1(tokens).to(weights.dtype)
+    weight, bias = weights.qkv
+    qk = linear(y, weight[: 2 * dim], None if bias is None else bias[: 2 * dim]).view(h * w, 2, heads, -1)
+    # (heads*d, N): values come transposed, as the second product wants them
+    v = linear(weight[2 * dim :], y)
+    if bias is not None:
+        v += bias[2 * dim :, None]
+    v = v.view(heads, -1, h * w)
+    out = torch.empty_like(qk[:, 0])
+    rows = min(h, max(1, _MAX_SCORES // (w * h * w)))
+    bias = qk.new_empty(rows, w, h, w)
     for head in range(heads):
-        terms = relative_terms(q[head], block.attn, (h, w))
+        q, k = qk[:, 0, head].contiguous(), qk[:, 1, head] * qk.shape[-1] ** -0.5
+        terms = relative_terms(q, block.attn, (h, w))
         for start in range(0, h, rows):
             tile = slice(start * w, min(start + rows, h) * w)
-            scores = _scores(q[head, tile], k[head], [t[start : start + rows] for t in terms], bias)
+            scores = _scores(q[tile], k, [t[start : start + rows] for t in terms], bias)
             out[tile, head] = linear(torch.softmax(scores, -1, out=scores), v[head])
-    for band, update in zip(tokens.split(_TOKENS_PER_BAND), out.flatten(1).split(_TOKENS_PER_BAND), strict=True):
-        band += linear(update, *weights.proj)
+    tokens += linear(out.view(h * w, dim), *weights.proj)
 
 
 def _scores(q: Tensor, k: Tensor, terms: list[Tensor], bias: Tensor) -> Tensor:
@@ -106,9 +108,8 @@ def _window_attention(block: Block, weights: _Weights, x: Tensor) -> None:
         qkv = linear(block.norm1(band).to(weights.dtype).view(h * w, dim), *weights.qkv)
         across = -(-w // window)
         if (h, w) != (window, across * window):
-            padded = qkv.new_zeros(window, across * window, 3 * dim)
-            if weights.qkv[1] is not None:
-                padded += weights.qkv[1]
+            bias = weights.qkv[1] if weights.qkv[1] is not None else qkv.new_zeros(3 * dim)
+            padded = bias.expand(window, across * window, -1).contiguous()
             padded[:h, :w] = qkv.view(h, w, 3 * dim)
             qkv = padded
         # (window, across*window, 3*heads*d) -> 3 x (across*heads, window*window, d)
@@ -124,15 +125,19 @@ def _window_attention(block: Block, weights: _Weights, x: Tensor) -> None:
 
 def _attend_windows(q: Tensor, k: Tensor, v: Tensor, terms: list[Tensor]) -> Tensor:
     """q (n, r*w, d), k, v (n, h*w, d), terms (n, r, w, h) and (n, r, w, w) or none -> (n, r*w, d)."""
-    bias = None
-    if terms:
-        bias = (terms[0][..., None] + terms[1][..., None, :]).view(len(q), q.shape[1], k.shape[1])
+    n, queries, d = q.shape
     if q.dtype == torch.float32:
+        bias = (terms[0][..., None] + terms[1][..., None, :]).view(n, queries, -1) if terms else None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    # fused attention multiplies in float32 blocks; these products are bfloat16's own
-    scores = q @ (k * q.shape[-1] ** -0.5).transpose(-1, -2)
-    if bias is not None:
-        scores += bias
+    # fused attention would multiply in float32; here the key's row and column, one-hot, pick the terms in the product
+    k = k * d**-0.5
+    if terms:
+        h, w = terms[0].shape[-1], terms[1].shape[-1]
+        q = torch.cat([q, *(t.reshape(n, queries, -1) for t in terms)], -1)
+        row = torch.eye(h, dtype=k.dtype).repeat_interleave(w, 0)
+        column = torch.eye(w, dtype=k.dtype).repeat(h, 1)
+        k = torch.cat([k, row.expand(n, -1, -1), column.expand(n, -1, -1)], -1)
+    scores = q @ k.transpose(-1, -2)
     return torch.softmax(scores, -1, out=scores) @ v
 
 
