@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .image_encoder_cpu import compute_dtype, run_block
+from ..cpu import compute_dtype
+from .image_encoder_cpu import run_block
 from .layers import LayerNorm2d, MLPBlock, resized_table
 
 # Query rows of one attention call are limited so that the relative-position bias (heads x rows x keys) stays below

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linear import linear
+from ..cpu import linear
 from .layers import resized_table
 
 if TYPE_CHECKING:
@@ -25,19 +25,6 @@ if TYPE_CHECKING:
 _MAX_SCORES = 1 << 20
 # Rows of the MLP's hidden layer at a time.
 _TOKENS_PER_BAND = 1024
-
-
-def compute_dtype(x: Tensor, parameter: Tensor) -> torch.dtype | None:
-    """The dtype of products if this module's functions can stand in for the modules; None if they can't.
-
-    They take float32 parameters and images on the CPU, without gradient or autocast to float16, and no tracing.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if x.device.type != "cpu" or x.numel() == 0 or x.dtype != torch.float32 or parameter.dtype != torch.float32:
-        return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    return dtype if dtype in (torch.float32, torch.bfloat16) else None
 
 
 def run_block(block: Block, x: Tensor, dtype: torch.dtype) -> None:

@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
 
 def resized_table(rel_pos: Tensor, size: int) -> Tensor:
-    """Relative positions (any, d) for a side of ``size`` tokens: (2*size-1, d), interpolated if it has another length."""
+    """Relative positions (any, d) -> (2*size-1, d), those of a side of ``size`` tokens, interpolated if need be."""
     if rel_pos.shape[0] == 2 * size - 1:
         return rel_pos
     return F.interpolate(rel_pos.t().unsqueeze(0), size=2 * size - 1, mode="linear")[0].t()
