@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .cache import state_of
 from .cpu import compute_dtype, convolution
 
 # channels of the feature maps at strides 4, 8, 16, 32
@@ -168,7 +169,7 @@ class EfficientNetLite0(nn.Module):
 
         if dtype is None:
             return by_modules
-        state = tuple(map(_state, itertools.chain.from_iterable(map(_tensors, itertools.chain.from_iterable(layers)))))
+        state = tuple(state_of(t) for layer in itertools.chain.from_iterable(layers) for t in _tensors(layer))
         if dtype not in self._folds or self._folds[dtype][0] != state:
             folds = [tuple(t.to(dtype) for t in _fold(conv, norm)) for conv, norm in layers]
             folds = [(weight.contiguous(memory_format=torch.channels_last), bias) for weight, bias in folds]
@@ -189,11 +190,6 @@ def _pairs(block: _Block) -> Iterator[tuple[str, str]]:
 def _tensors(layer: nn.Module) -> Iterator[Tensor | None]:
     # without the module's own iterators, which take longer than the layer
     return itertools.chain(layer._parameters.values(), layer._buffers.values())
-
-
-def _state(tensor: Tensor | None) -> tuple[int, int]:
-    # changes when the values are written in place or replaced; inference tensors count no versions
-    return (0, 0) if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
 
 
 @torch.no_grad()
