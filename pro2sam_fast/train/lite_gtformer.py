@@ -101,7 +101,7 @@ def class_activation_map(trunk: EfficientNetLite0, f32: Tensor, classes: int = 2
     the trunk was trained with.
     """
     net = trunk.net
-    h = net.bn2(net.conv_head(f32))
+    h = trunk.head(f32)
     scores = net.classifier(h.mean((2, 3))).softmax(1)
     weight, index = scores.topk(min(classes, scores.shape[1]), dim=1)
     maps = torch.einsum("bkd,bdhw->bkhw", net.classifier.weight[index], h).relu()

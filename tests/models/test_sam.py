@@ -18,6 +18,10 @@ def relative_error(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm())
 
 
+def tiny_vit():
+    return build_vit_sam(embed_dim=48, depth=1, num_heads=3, global_attn_indexes=(), img_size=96, width=64)
+
+
 def randomise(sam):
     # parameters that start at zero would hide their own mistakes
     with torch.no_grad():
@@ -130,6 +134,28 @@ def test_official_names_and_sizes(name, entries, parameters):
     assert sum(p.numel() for p in ours.mask_decoder.parameters()) == 4_058_340
     assert sum(p.numel() for p in ours.prompt_encoder.parameters()) == 6_220
     assert ours.name == name and not ours.training
+
+
+def test_dense_position_encoding_is_computed_once():
+    prompt = tiny_vit().prompt_encoder
+    with torch.inference_mode():
+        first = prompt.get_dense_pe()
+    assert prompt.get_dense_pe() is first and not first.is_inference()
+    assert list(prompt.state_dict()) == list(tiny_vit().prompt_encoder.state_dict())
+    fresh = tiny_vit().prompt_encoder
+    fresh.load_state_dict(prompt.state_dict())
+    torch.testing.assert_close(fresh.get_dense_pe(), first, rtol=0, atol=0)
+    # other values, in place, replaced or of another dtype, are noticed
+    matrix = prompt.pe_layer.positional_encoding_gaussian_matrix
+    matrix.mul_(2)
+    expected = prompt.pe_layer(prompt.image_embedding_size)[None]
+    assert not torch.equal(expected, first) and torch.equal(prompt.get_dense_pe(), expected)
+    prompt.load_state_dict(fresh.state_dict())
+    assert torch.equal(prompt.get_dense_pe(), first)
+    assert prompt.double().get_dense_pe().dtype == torch.float64
+    # training may keep it for the backward pass
+    layer = torch.nn.Linear(64, 1)
+    layer(fresh.get_dense_pe().flatten(2).mT).sum().backward()
 
 
 def test_registry():

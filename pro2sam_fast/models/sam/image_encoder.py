@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import LayerNorm2d, MLPBlock
+from ..cpu import compute_dtype
+from .image_encoder_cpu import run_block
+from .layers import LayerNorm2d, MLPBlock, resized_table
 
 # Query rows of one attention call are limited so that the relative-position bias (heads x rows x keys) stays below
 # this many elements; the result does not depend on it.
@@ -66,10 +68,8 @@ def relative_position_terms(
 
 def _relative_rows(rel_pos: Tensor, size: int) -> Tensor:
     # (2*size-1, d) -> (size, size, d): entry [i, j] is the vector of offset i - j
-    if rel_pos.shape[0] != 2 * size - 1:
-        rel_pos = F.interpolate(rel_pos.t().unsqueeze(0), size=2 * size - 1, mode="linear")[0].t()
     index = torch.arange(size, device=rel_pos.device)
-    return rel_pos[index[:, None] - index[None, :] + size - 1]
+    return resized_table(rel_pos, size)[index[:, None] - index[None, :] + size - 1]
 
 
 def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
@@ -183,7 +183,17 @@ class ImageEncoderViT(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x, self.pos_embed)
+        if dtype is not None:
+            # one by one: products of another size round differently
+            return torch.cat([self._on_cpu(image, dtype) for image in x.split(1)])
         x = self.patch_embed(x) + self.pos_embed
         for block in self.blocks:
             x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+    def _on_cpu(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        x = (self.patch_embed(image) + self.pos_embed).contiguous()
+        for block in self.blocks:
+            run_block(block, x[0], dtype)
         return self.neck(x.permute(0, 3, 1, 2))

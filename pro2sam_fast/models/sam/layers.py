@@ -46,3 +46,10 @@ class MLP(nn.Module):
             x = F.relu(layer(x))
         x = self.layers[-1](x)
         return x.sigmoid() if self.sigmoid_output else x
+
+
+def resized_table(rel_pos: Tensor, size: int) -> Tensor:
+    """Relative positions (any, d) -> (2*size-1, d), those of a side of ``size`` tokens, interpolated if need be."""
+    if rel_pos.shape[0] == 2 * size - 1:
+        return rel_pos
+    return F.interpolate(rel_pos.t().unsqueeze(0), size=2 * size - 1, mode="linear")[0].t()

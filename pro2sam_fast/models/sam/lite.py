@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..cpu import apply_linear
 from ..trunk import FEATURE_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite0
 from .layers import LayerNorm2d, MLPBlock
 from .mask_decoder import MaskDecoder
@@ -48,10 +49,17 @@ class _GlobalBlock(nn.Module):
         x = x + self.position(x)
         size = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)
-        y = self.norm1(x)
-        x = x + self.attn(y, y, y)
-        x = x + self.mlp(self.norm2(x))
+        x = x + self._attend(self.norm1(x))
+        x = x + apply_linear(self.mlp.lin2, apply_linear(self.mlp.lin1, self.norm2(x), self.mlp.act))
         return x.transpose(1, 2).unflatten(2, size)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        q, k, v = (
+            apply_linear(layer, x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+            for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        return apply_linear(attn.out_proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class LiteImageEncoder(nn.Module):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..cache import state_of
 from .layers import LayerNorm2d
 
 
@@ -66,6 +67,7 @@ class PromptEncoder(nn.Module):
         self.input_image_size = input_image_size
         self.image_embedding_size = image_embedding_size
         self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+        self._dense_pe: tuple[tuple, Tensor] | None = None  # what it was computed from, the encoding
         self.num_point_embeddings = 4
         # negative point, positive point, top-left corner, bottom-right corner
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
@@ -83,8 +85,15 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
     def get_dense_pe(self) -> Tensor:
-        """Positional encoding of the image embedding's pixels: (1, D, h, w)."""
-        return self.pe_layer(self.image_embedding_size).unsqueeze(0)
+        """Positional encoding of the image embedding's pixels: (1, D, h, w); computed once, so not to be written."""
+        if torch.compiler.is_compiling():
+            return self.pe_layer(self.image_embedding_size).unsqueeze(0)
+        matrix = self.pe_layer.positional_encoding_gaussian_matrix
+        state = state_of(matrix), matrix.device, matrix.dtype
+        if self._dense_pe is None or self._dense_pe[0] != state:
+            with torch.inference_mode(False), torch.no_grad():  # also for training, whoever comes first
+                self._dense_pe = state, self.pe_layer(self.image_embedding_size).unsqueeze(0)
+        return self._dense_pe[1]
 
     def embed_points(
         self, points: Tensor, labels: Tensor, pad: bool, input_size: tuple[int, int] | None = None
