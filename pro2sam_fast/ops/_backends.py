@@ -143,27 +143,27 @@ def register(schema: str, check: Callable, implementations: Mapping[str, Callabl
     """Define `pro2sam_fast::<schema>` and register its kernels: the reference for every device, faster ones over it.
 
     Args:
-        schema: as for `torch.library.define`; after the tensors it ends in `*, str backend="auto"`.
-        check: raises a TypeError or ValueError unless the op can take these tensors; kernels that see only pointers
+        schema: as for `torch.library.define`; a tensor comes first, and it ends in `*, str backend="auto"`.
+        check: raises a TypeError or ValueError unless the op can take these arguments; kernels that see only pointers
             rely on it.
-        implementations: back end name -> function of the op's tensors; "reference" is required.
-        fake: function of the op's tensors that returns empty outputs.
+        implementations: back end name -> function of the op's arguments; "reference" is required.
+        fake: function of the op's arguments that returns empty outputs.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     registration = Registration(name, implementations)
 
-    def kernel(*tensors, backend="auto"):
-        check(*tensors)
-        return registration.pick(backend, tensors[0].device.type)(*tensors)
+    def kernel(*arguments, backend="auto"):
+        check(*arguments)
+        return registration.pick(backend, arguments[0].device.type)(*arguments)
 
-    def default(*tensors, backend="auto"):
-        check(*tensors)
-        return registration.pick("reference" if backend == "auto" else backend, tensors[0].device.type)(*tensors)
+    def default(*arguments, backend="auto"):
+        check(*arguments)
+        return registration.pick("reference" if backend == "auto" else backend, arguments[0].device.type)(*arguments)
 
-    def checked_fake(*tensors, backend="auto"):
-        check(*tensors)
-        return fake(*tensors)
+    def checked_fake(*arguments, backend="auto"):
+        check(*arguments)
+        return fake(*arguments)
 
     library.impl(name, default, "CompositeExplicitAutograd")
     for device_type, backends in PREFERENCE.items():
