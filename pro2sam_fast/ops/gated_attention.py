@@ -251,9 +251,7 @@ def _gated_attention_cpu(q, k, v, num_heads, num_queries, gate, first_row, rows)
 
 def _gated_attention_backward_cpu(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row):
     if q.dtype not in _NATIVE_DTYPES:
-        return _gated_attention_backward(
-            grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row
-        )
+        return _gated_attention_backward(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row)
     inputs = _with_adjacent_channels(q, k, v)
     grad_out, grad_maps, *outputs = (t.contiguous() for t in (grad_out, grad_maps, out, maps, lse))
     forward, workspace, threads = _cpu_arguments(inputs, outputs, num_heads, maps.shape[1], gate, first_row)
@@ -312,8 +310,8 @@ register(
     _empty_gated_attention,
 )
 register(
-    "gated_attention_backward(Tensor grad_out, Tensor grad_maps, Tensor q, Tensor k, Tensor v, Tensor out, Tensor maps, "
-    "Tensor lse, int num_heads, bool gate, SymInt first_row, *, "
+    "gated_attention_backward(Tensor grad_out, Tensor grad_maps, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor maps, Tensor lse, int num_heads, bool gate, SymInt first_row, *, "
     'str backend="auto") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)',
     _check_gated_attention_backward,
     {"reference": _gated_attention_backward, "cpu": _gated_attention_backward_cpu},

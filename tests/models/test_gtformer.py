@@ -15,7 +15,6 @@ from pro2sam_fast.ops import gated_attention, query_maps
 from pro2sam_fast.ops.gated_attention import _gated_attention
 
 
-
 def gated_attention_reference(q, k, v, num_heads, num_queries):
     return _gated_attention(q, k, v, num_heads, num_queries, True, 0, q.shape[1])[:2]
 

@@ -66,7 +66,7 @@ def naive(q, k, v, num_heads, num_queries, gate=True, query_rows=slice(None)):
 
 
 def with_gradients(function, qkv, grad_out, grad_maps, *options, **named):
-    """out, maps and the gradient of (out * grad_out).sum() + (maps * grad_maps).sum(); a None grad leaves its term out."""
+    """out, maps and the gradient of (out * grad_out).sum() + (maps * grad_maps).sum(); None leaves a term out."""
     qkv = qkv.detach().clone().requires_grad_()
     out, maps = function(*qkv.chunk(3, -1), *options, **named)
     terms = [(x, grad.to(x)) for x, grad in ((out, grad_out), (maps, grad_maps)) if grad is not None]
