@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..ops import gated_attention, query_maps
 from . import gtformer_weights as weights
 from .cpu import apply_linear
+from .gated_attention import attention, gated_attention, query_maps
 
 __all__ = ["ARCHS", "PRESETS", "GTFormer", "GTFormerConfig", "build_gtformer", "load_official"]
 
@@ -171,9 +171,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, num_queries: int, gated: bool, gate: bool, rows: slice):
         """Normalised tokens (B, N, D) -> the R tokens `rows` (B, R, D), and the maps (B, G, N) or None if not gated."""
         q, k, v = apply_linear(self.qkv, x).chunk(3, dim=-1)
-        num_queries = num_queries if gated else 0
-        out, maps = gated_attention(q, k, v, self.num_heads, num_queries, gate=gated and gate, query_rows=rows)
-        return apply_linear(self.proj, out), maps if gated else None
+        if not gated:
+            return apply_linear(self.proj, attention(q, k, v, self.num_heads)[:, rows]), None
+        out, maps = gated_attention(q, k, v, self.num_heads, num_queries, gate=gate, query_rows=rows)
+        return apply_linear(self.proj, out), maps
 
     def patch_maps(self, x: Tensor, num_queries: int) -> Tensor:
         """Normalised tokens (B, N, D) -> maps (B, G, 196), projecting only patch keys and query-token queries."""

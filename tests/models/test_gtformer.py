@@ -10,14 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from pro2sam_fast.errors import CheckpointError, ConfigError
+from pro2sam_fast.models.gated_attention import gated_attention, gated_attention_reference, query_maps
 from pro2sam_fast.models.gtformer import ARCHS, GTFormer, GTFormerConfig, PooledHead, build_gtformer, load_official
-from pro2sam_fast.ops import gated_attention, query_maps
-from pro2sam_fast.ops.gated_attention import _gated_attention
-
-
-def gated_attention_reference(q, k, v, num_heads, num_queries):
-    return _gated_attention(q, k, v, num_heads, num_queries, True, 0, q.shape[1])[:2]
-
 
 HEADS = {192: 3, 384: 6, 768: 12}
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3}
