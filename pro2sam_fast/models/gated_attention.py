@@ -1,4 +1,4 @@
-"""Attention of GTFormer's blocks: the op `gated_attention`, and the method as published, which measurements compare with.
+"""Attention of GTFormer's blocks: the op `gated_attention`, and the published form, which measurements compare with.
 
 See `ops.gated_attention` for the formulas and their source.
 """
