@@ -129,6 +129,7 @@ def gated_attention(
         maps: (B, G, N) in (0, 1), float32 or wider, see `query_maps`.
 
     Raises:
+        NotImplementedError: a second derivative is asked for.
         TypeError: an argument isn't a dense floating point tensor, or the dtypes differ.
         ValueError: shapes, devices, heads, queries or rows don't fit.
         ConfigError, BackendError: as `mask_match`.
@@ -302,6 +303,10 @@ def _differentiate(ctx, grad_out, grad_maps, _grad_lse):
     return *grads, None, None, None, None, None
 
 
+def _differentiate_again(ctx, *grads):
+    raise NotImplementedError("gated_attention has no second derivatives")
+
+
 register(
     "gated_attention(Tensor q, Tensor k, Tensor v, int num_heads, int num_queries, bool gate, SymInt first_row, "
     'SymInt rows, *, str backend="auto") -> (Tensor out, Tensor maps, Tensor lse)',
@@ -320,3 +325,4 @@ register(
 torch.library.register_autograd(
     "pro2sam_fast::gated_attention", _differentiate, setup_context=_setup_context, lib=library
 )
+torch.library.register_autograd("pro2sam_fast::gated_attention_backward", _differentiate_again, lib=library)

@@ -229,6 +229,16 @@ def test_gradcheck(gate):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+def test_no_second_derivatives(case):
+    q = random(1, 5, 16).to(case.device).requires_grad_()
+    if case == BackendCase("auto", "cuda"):
+        pytest.skip("torch's own gradients")
+    out, _ = gated_attention(q, q, q, 2, 1, backend=case.backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend, dtype):
