@@ -4,6 +4,7 @@
 #include "products.h"
 
 namespace {
+namespace P2S_ISA {
 
 using p2s::GatedAttentionArgs;
 using p2s::GatedAttentionGradArgs;
@@ -334,6 +335,7 @@ using HalfUnit = Pairs;
 using HalfUnit = Singles;
 #endif
 
+}  // namespace P2S_ISA
 }  // namespace
 
 #define P2S_JOIN_(a, b) a##_##b
@@ -341,6 +343,8 @@ using HalfUnit = Singles;
 #define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
 
 namespace p2s {
+
+using namespace ::P2S_ISA;
 
 const char* P2S_NAME(gated_maps)(const GatedAttentionArgs& args, int64_t item, float* workspace) {
   args.bf16 ? maps<Bf16>(args, item, workspace) : maps<float>(args, item, workspace);

@@ -32,9 +32,9 @@ struct GatedScratch {
 
   static constexpr int64_t round_up(int64_t x) { return (x + 15) / 16 * 16; }
 
-  GatedScratch(int64_t n, int64_t dim, int64_t heads, int64_t queries) {
+  __attribute__((always_inline)) GatedScratch(int64_t n, int64_t dim, int64_t heads, int64_t queries) {
     const int64_t wide_n = round_up(n), wide_d = round_up(dim / heads), all = wide_n * wide_d;
-    const auto next = [&](int64_t count) {
+    const auto next = [this](int64_t count) __attribute__((always_inline)) {
       const int64_t start = total;
       total += round_up(count);
       return start;

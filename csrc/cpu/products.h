@@ -9,6 +9,7 @@
 #include "vectors.h"
 
 namespace {
+namespace P2S_ISA {
 
 constexpr int64_t units_of(int64_t count, int per_unit) { return (count + per_unit - 1) / per_unit; }
 constexpr int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
@@ -205,4 +206,5 @@ inline void pack_transposed(Rows<T> rows, float* stage, float* b) {
   }
 }
 
+}  // namespace P2S_ISA
 }  // namespace

@@ -1,7 +1,7 @@
 #pragma once
 
 // A vector of floats for the instruction set this translation unit is compiled for, and what attention needs of it.
-// Everything has internal linkage, see words.h.
+// Everything has internal linkage, see words.h, and what the compiler doesn't inline carries P2S_ISA in its name.
 
 #include <cstdint>
 #include <cstring>
@@ -11,6 +11,7 @@
 #endif
 
 namespace {
+namespace P2S_ISA {
 
 #if defined(__AVX512BF16__)
 constexpr const char* kIsaName = "avx512bf16";
@@ -181,4 +182,5 @@ inline Floats exp2(Floats x) {
 #endif
 }
 
+}  // namespace P2S_ISA
 }  // namespace
