@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from . import gtformer_weights as weights
+from .cpu import apply_linear
 from .gated_attention import attention, gated_attention, query_maps
 
 __all__ = ["ARCHS", "PRESETS", "GTFormer", "GTFormerConfig", "build_gtformer", "load_official"]
@@ -169,11 +170,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, num_queries: int, gated: bool, gate: bool, rows: slice):
         """Normalised tokens (B, N, D) -> the R tokens `rows` (B, R, D), and the maps (B, G, N) or None if not gated."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = apply_linear(self.qkv, x).chunk(3, dim=-1)
         if not gated:
-            return self.proj(attention(q[:, rows], k, v, self.num_heads)), None
+            return apply_linear(self.proj, attention(q, k, v, self.num_heads)[:, rows]), None
         out, maps = gated_attention(q, k, v, self.num_heads, num_queries, gate=gate, query_rows=rows)
-        return self.proj(out), maps
+        return apply_linear(self.proj, out), maps
 
     def patch_maps(self, x: Tensor, num_queries: int) -> Tensor:
         """Normalised tokens (B, N, D) -> maps (B, G, 196), projecting only patch keys and query-token queries."""
@@ -191,9 +192,10 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return apply_linear(self.fc2, apply_linear(self.fc1, x, self.act))
 
 
 class Block(nn.Module):
@@ -334,9 +336,13 @@ class GTFormer(nn.Module):
         The last gated block is reduced to the keys of the patches and the queries of the query tokens; nothing runs
         after it.
         """
+        return self.coarse_map_of_tokens(*self.embed(x))
+
+    def coarse_map_of_tokens(self, patches: Tensor, queries: Tensor) -> Tensor:
+        """As `coarse_map`, from what `embed` returns."""
         config = self.config
         num_queries, last = config.num_query_tokens, config.gated_blocks[-1]
-        z = self._sequence(*self.embed(x))
+        z = self._sequence(patches, queries)
         maps = []
         for index, block in enumerate(self.blocks[:last]):
             z, block_maps = block(z, num_queries, index in config.gated_blocks, config.gate != "none", slice(None))
@@ -346,14 +352,17 @@ class GTFormer(nn.Module):
         maps.append(block.attn.patch_maps(block.norm1(z), num_queries))
         return torch.stack(maps).mean(0).unflatten(-1, (GRID, GRID)).mean(1)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (B, 3, 224, 224) -> patch tokens (B, 196, D) and query tokens (B, G, D), both without positions."""
+    def embed(self, x: Tensor, features: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Image (B, 3, 224, 224) -> patch tokens (B, 196, D) and query tokens (B, G, D), both without positions.
+
+        features: what `patch_embed.features(x)` returned, for a hybrid that splits so; None to compute it.
+        """
         if x.ndim != 4 or x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or not x.is_floating_point():
             raise ConfigError(
                 f"GTFormer takes floating point images of shape (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), "
                 f"got {x.dtype} {tuple(x.shape)}"
             )
-        patches = self.patch_embed(x)
+        patches = self.patch_embed(x) if features is None else self.patch_embed.embed(features)
         shape = (x.shape[0], NUM_PATCHES, self.config.embed_dim)
         if patches.shape != shape:
             raise ConfigError(f"patch_embed must return tokens of shape {shape}, got {tuple(patches.shape)}")

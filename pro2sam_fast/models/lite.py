@@ -87,6 +87,20 @@ def make_gtformer_lite(num_classes: int, trunk: EfficientNetLite0) -> GTFormer:
     return GTFormer(patch_embed=embed, num_classes=num_classes, **GTFORMER_LITE)
 
 
+def map_and_label(coarse: nn.Module, classifier: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Coarse map (B, 14, 14) and logits (B, C) of (B, 3, 224, 224) with one pass of the trunk that both models share.
+
+    The same values as `coarse.coarse_map(x)` and `classifier(x)`; None if the models don't share a trunk.
+    """
+    embed = getattr(coarse, "patch_embed", None)
+    if not isinstance(embed, HybridEmbed) or not isinstance(classifier, LabelHead):
+        return None
+    if embed.trunk is not classifier.trunk:
+        return None
+    features = embed.trunk.features(classifier.renormalise(x))
+    return coarse.coarse_map_of_tokens(*coarse.embed(x, features[2:])), embed.trunk.classify(features[-1])
+
+
 @dataclass
 class LiteModel:
     """The bundled models, ready for a `Localizer`.

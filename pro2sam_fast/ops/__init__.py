@@ -1,8 +1,20 @@
 """Exact tensor operations, each with a plain reference and faster back ends; see CONTRIBUTING.md to add one."""
 
+from .gated_attention import gated_attention, query_maps
 from .mask_match import mask_iou, mask_match
 from .mask_measure import mask_measure, mask_pack
 from .nms import nms
 from .packing import pack_masks, popcount, unpack_masks
 
-__all__ = ["mask_iou", "mask_match", "mask_measure", "mask_pack", "nms", "pack_masks", "popcount", "unpack_masks"]
+__all__ = [
+    "gated_attention",
+    "mask_iou",
+    "mask_match",
+    "mask_measure",
+    "mask_pack",
+    "nms",
+    "pack_masks",
+    "popcount",
+    "query_maps",
+    "unpack_masks",
+]

@@ -20,6 +20,7 @@ from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
 from ..gallery import MaskGallery
 from ..generator import MaskGenerator
 from ..io import MAX_PIXELS, Source, iter_sources
+from ..models.lite import map_and_label
 from ..results import Localization
 from .matching import MatchResult, NoMaskError, match
 
@@ -192,9 +193,13 @@ class Localizer:
         if self.classifier is None:
             output = self.coarse(batch)
             return output["map"], output.get("logits")
-        wants_map_only = isinstance(self.coarse, PhotoNet)
+        wants_map_only, same_input = isinstance(self.coarse, PhotoNet), _same_input(self.classifier, self.coarse)
+        if wants_map_only and same_input and isinstance(self.classifier, PhotoNet):
+            both = map_and_label(self.coarse.model, self.classifier.model, batch)
+            if both is not None:
+                return both
         output = self.coarse(batch, logits=False) if wants_map_only else self.coarse(batch)
-        if not _same_input(self.classifier, self.coarse):
+        if not same_input:
             batch = torch.stack([self.classifier.prepare(image) for image in images]).to(self.device)
         logits = self.classifier(batch)
         return output["map"], logits["logits"] if isinstance(logits, Mapping) else logits
@@ -331,7 +336,7 @@ class _Batch:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """"auto" -> CUDA where a GPU works, else CPU; anything else as torch.device reads it.
+    """ "auto" -> CUDA where a GPU works, else CPU; anything else as torch.device reads it.
 
     Raises ConfigError for an unknown device and BackendError for one that isn't there.
     """

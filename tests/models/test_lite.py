@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pro2sam_fast.errors import CheckpointError
+from pro2sam_fast.errors import CheckpointError, ConfigError
 from pro2sam_fast.models.lite import (
     WEIGHTS,
     LabelHead,
@@ -14,10 +15,12 @@ from pro2sam_fast.models.lite import (
     load_lite,
     load_sam_lite,
     make_gtformer_lite,
+    map_and_label,
     save_lite,
 )
 from pro2sam_fast.models.sam.lite import make_sam_lite
 from pro2sam_fast.models.trunk import EfficientNetLite0
+from pro2sam_fast.pipelines.pro2sam import Localizer
 from pro2sam_fast.train.lite_gtformer import class_activation_map, forward_cached, seed_loss
 
 
@@ -83,6 +86,24 @@ def test_cached_features_give_the_forward_pass(model):
         whole = model.coarse(x)
     for name, value in whole.items():
         torch.testing.assert_close(cached[name], value)
+
+
+def test_map_and_label_with_one_pass_of_the_trunk(model, monkeypatch):
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected = model.coarse.coarse_map(x), model.classifier(x)
+        passes = []
+        features = EfficientNetLite0.features
+        monkeypatch.setattr(EfficientNetLite0, "features", lambda *args: passes.append(1) or features(*args))
+        actual = map_and_label(model.coarse, model.classifier, x)
+        assert len(passes) == 1 and all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        photo = np.zeros((30, 40, 3), np.uint8)
+        assert Localizer(model.coarse, model.sam, classifier=model.classifier)._coarse([photo])[1].shape == (1, 7)
+        assert len(passes) == 2
+        with pytest.raises(ConfigError, match="224"):
+            map_and_label(model.coarse, model.classifier, x[:, :, :192, :192])
+    assert map_and_label(model.coarse, LabelHead(EfficientNetLite0(7)), x) is None
+    assert map_and_label(torch.nn.Identity(), model.classifier, x) is None
 
 
 def test_class_activation_map_and_seeds():

@@ -1,0 +1,2 @@
+#define P2S_ISA scalar
+#include "gated_attention.inl"

@@ -1,0 +1,44 @@
+#include "parallel.h"
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstring>
+#endif
+
+namespace p2s {
+namespace {
+
+// GCC's OpenMP runtime: runs function(data) on a team of threads, which is the one that torch keeps.
+using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+#if defined(__linux__)
+int find_runtime(dl_phdr_info* library, size_t, void* found) {
+  const char* name = std::strrchr(library->dlpi_name, '/');
+  if (!name || std::strncmp(name, "/libgomp", 8) != 0) return 0;
+  void* handle = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  if (!handle) return 0;
+  *static_cast<void**>(found) = dlsym(handle, "GOMP_parallel");
+  return 1;
+}
+
+Parallel find_parallel() {
+  void* found = nullptr;
+  dl_iterate_phdr(find_runtime, &found);
+  return reinterpret_cast<Parallel>(found);
+}
+#else
+Parallel find_parallel() { return nullptr; }
+#endif
+
+}  // namespace
+
+bool run_on_openmp(int threads, void (*task)(void*), void* context) {
+  static const Parallel parallel = find_parallel();
+  if (!parallel) return false;
+  parallel(task, context, static_cast<unsigned>(threads), 0);
+  return true;
+}
+
+}  // namespace p2s

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+
+#include "p2s/status.h"
+
+namespace p2s {
+
+// Attention whose values are scaled by the mean of the query tokens' foreground maps. `d` is dim / heads.
+//   maps[g, j] = sigmoid(q[n - queries + g] . k[j] / (heads sqrt(d)))        over all dim channels
+//   out^h = softmax(q^h k^h^T / sqrt(d)) (mean_g maps * v^h)                 for each head h
+struct GatedAttentionArgs {
+  const void* q;  // (batch, n, dim) float32, or bfloat16 if `bf16`; channels are consecutive
+  const void* k;
+  const void* v;
+  int64_t q_item, q_row, k_item, k_row, v_item, v_row;  // strides in elements
+  void* out;                                            // (batch, rows, dim): output rows first_row, ...
+  float* maps;                                          // (batch, queries, n)
+  float* lse;                                           // (batch, heads, rows): logarithm of the softmax's sum
+  int64_t batch, n, dim, heads, queries, first_row, rows;
+  bool gate;  // false leaves the values alone; queries >= 1 otherwise
+  bool bf16;
+};
+
+// `forward` holds what the forward pass took and gave; its out, maps and lse are read.
+struct GatedAttentionGradArgs {
+  GatedAttentionArgs forward;
+  const void* grad_out;    // (batch, rows, dim), of the dtype of q
+  const float* grad_maps;  // (batch, queries, n)
+  void* grad_q;            // (batch, n, dim), of the dtype of q
+  void* grad_k;
+  void* grad_v;
+  float* grad_gate;  // scratch (batch, heads, n)
+};
+
+// Floats of scratch for each thread.
+int64_t gated_attention_workspace(int64_t n, int64_t dim, int64_t heads, int64_t queries);
+
+// `workspace`: `threads` times that many floats, 64-byte aligned. `isa` as for mask_match.
+Status gated_attention_cpu(const GatedAttentionArgs& args, float* workspace, int threads, const char** isa);
+Status gated_attention_backward_cpu(const GatedAttentionGradArgs& args, float* workspace, int threads,
+                                    const char** isa);
+
+}  // namespace p2s
