@@ -27,6 +27,8 @@ __all__ = ["MaskGenerator", "crop_boxes", "point_grid"]
 _PROMPTS_PER_DECODE = {"cpu": 16}
 _PROMPTS_PER_UPSCALE = {"cpu": 8}
 _PROMPTS_PER_GROUP_ELSEWHERE = 64
+# Logits gathered at a time (4 MiB of a SAM's): a larger copy costs more than what is done with it.
+_MASKS_PER_WRITE = 16
 _AUTO_POINTS_PER_BATCH = 64
 # 16 million prompts, 87 thousand crops: beyond that the grids alone fill the memory
 _MOST_POINTS_PER_SIDE = 4096
@@ -73,9 +75,9 @@ class _Candidates(NamedTuple):
 
 class _Measured(NamedTuple):
     """Candidates that passed the filters: also stability float32 (K,), boxes int64 (K, 4) in the crop's pixels, areas
-    int64 (K,)."""
+    int64 (K,). Logits (K, 4e, 4e) or a list of K."""
 
-    low_res: Tensor
+    low_res: Tensor | list[Tensor]
     iou: Tensor
     points: Tensor
     stability: Tensor
@@ -301,10 +303,11 @@ class MaskGenerator:
         low_res, *columns = zip(*measured, strict=True)
         iou, points, stability, boxes, areas = map(torch.cat, columns)
         keep = nms(boxes, iou, self.box_nms_thresh)
-        # the logits of all together are never joined, only those of the masks kept
-        rows = [part[i : i + 1] for part in low_res for i in range(len(part))]
-        kept = torch.cat([low_res[0][:0], *(rows[i] for i in keep.tolist())])
-        return self._write(_Measured(kept, *(x[keep] for x in (iou, points, stability, boxes, areas))), frame)
+        if not len(keep):
+            return MaskGallery.empty(frame.image_size, device)
+        low_res = [mask for part in low_res for mask in part]
+        low_res = [low_res[i] for i in keep.tolist()]
+        return self._write(_Measured(low_res, *(x[keep] for x in (iou, points, stability, boxes, areas))), frame)
 
     def _batches(self, embedding: Tensor, points: Tensor, coords: Tensor) -> Iterator[_Candidates]:
         parts: list[_Candidates] = []
@@ -329,17 +332,21 @@ class MaskGenerator:
 
     def _write(self, found: _Measured, frame: Frame) -> MaskGallery:
         x0, y0, x1, y1 = frame.crop_box
-        return MaskGallery(
-            size=frame.image_size,
-            masks=mask_pack(
-                found.low_res,
+        masks = [
+            mask_pack(
+                torch.stack(found.low_res[start : start + _MASKS_PER_WRITE]),
                 frame.img_size,
                 frame.input_size,
                 frame.crop_size,
                 self.sam.mask_threshold,
                 frame.image_size,
                 (y0, x0),
-            ),
+            )
+            for start in range(0, len(found.low_res), _MASKS_PER_WRITE)
+        ]
+        return MaskGallery(
+            size=frame.image_size,
+            masks=torch.cat(masks),
             boxes=found.boxes + found.boxes.new_tensor([x0, y0, x0, y0]),
             areas=found.areas,
             predicted_iou=found.iou,

@@ -84,16 +84,15 @@ PYBIND11_MODULE(_cpu, m) {
       [frame_of](uintptr_t low_res, uintptr_t inner, uintptr_t outer, uintptr_t areas, uintptr_t boxes, int64_t count,
                  const Frame& frame, float high, float low, float cut, int threads) {
         const char* isa = nullptr;
-        raise_unless_ok(mask_measure_cpu({pointer<const float>(low_res), pointer<int64_t>(inner), pointer<int64_t>(outer),
-                                          pointer<int64_t>(areas), pointer<int64_t>(boxes), count, frame_of(frame), high,
-                                          low, cut},
-                                         threads, &isa),
-                        "mask_measure");
+        const MaskMeasureArgs args{pointer<const float>(low_res), pointer<int64_t>(inner), pointer<int64_t>(outer),
+                                   pointer<int64_t>(areas), pointer<int64_t>(boxes), count, frame_of(frame), high, low,
+                                   cut};
+        raise_unless_ok(mask_measure_cpu(args, threads, &isa), "mask_measure");
         return isa;
       },
       py::call_guard<py::gil_scoped_release>(),
-      "low_res (count, rows, columns) -> inner, outer, areas (count), boxes (count, 4). Returns the instruction set that "
-      "ran.");
+      "low_res (count, rows, columns) -> inner, outer, areas (count), boxes (count, 4). Returns the instruction set "
+      "that ran.");
   m.def(
       "mask_pack",
       [frame_of](uintptr_t low_res, uintptr_t masks, int64_t count, const Frame& frame, float cut, int64_t image_height,

@@ -1,7 +1,7 @@
 #pragma once
 
-// A vector of float32 for the instruction set this translation unit is compiled for, P2S_ISA. As in words.h, everything has
-// internal linkage.
+// A vector of float32 for the instruction set this translation unit is compiled for, P2S_ISA. As in words.h, everything
+// has internal linkage.
 
 #include <cstdint>
 #include <cstring>

@@ -61,7 +61,7 @@ inline Range support(const Logits& logits, const MaskPlan& plan, int64_t word, i
 }
 
 // Which of `count` cutoffs every interpolated value exceeds, one bit each; -1 if that isn't sure for one of them. Values
-// are nested means of the range, off by less than 2^-20 of its larger end after four roundings, or by subnormals.
+// are nested means of the range, off by less than 2^-20 of its larger end after four interpolations, or by subnormals.
 inline int settled(Range range, const float* cuts, int count) {
   const double low = range.low, high = range.high;
   const double size = -low > high ? -low : high;
@@ -86,8 +86,8 @@ inline uint64_t valid_bits(const MaskPlan& plan, int64_t word) {
   return left < kBits ? bits & ((uint64_t{1} << left) - 1) : bits;
 }
 
-// Rows of logits at words [word, word_end) of the photo. Low-resolution row j, resized horizontally, is kept at slot j % 2
-// until another takes the slot; so is row i of the input, resized to the photo's columns.
+// Rows of logits at words [word, word_end) of the photo. Low-resolution row j, resized horizontally, is kept at slot
+// j % 2 until another takes the slot; so is row i of the input, resized to the photo's columns.
 class Strip {
  public:
   Strip(const Logits& logits, const MaskPlan& plan, int64_t word, int64_t word_end)
@@ -160,8 +160,8 @@ inline void above(const float* top, const float* bottom, const MaskTap& tap, con
   }
 }
 
-// Visits a mask in bands of rows. sure(begin, end, word, all) gets rows [begin, end) of a word where bit i of `all` says of
-// every pixel whether it exceeds cutoff i; unsure(y, word, bits) every other row of a word, a bit a pixel for each cutoff.
+// Visits a mask in bands of rows. sure(begin, end, word, all) gets rows [begin, end) of a word where bit i of `all` says
+// of every pixel whether it exceeds cutoff i; unsure(y, word, bits) every other row, one bit a pixel for each cutoff.
 template <int N, class Sure, class Unsure>
 inline void visit(const MaskPlan& plan, const Logits& logits, const float (&cuts)[N], Sure sure, Unsure unsure) {
   Floats cut[N];

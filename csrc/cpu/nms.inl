@@ -11,7 +11,8 @@ inline namespace P2S_ISA {
 // Which of the 64 boxes from `at` on have an IoU with box i above the threshold. 0 / 0 isn't.
 inline uint64_t overlapping(const NmsBoxes& b, int64_t i, int64_t at) {
   const Floats zero = Floats::all(0.0f), area = Floats::all(b.areas[i]), threshold = Floats::all(b.threshold);
-  const Floats x0 = Floats::all(b.x0[i]), y0 = Floats::all(b.y0[i]), x1 = Floats::all(b.x1[i]), y1 = Floats::all(b.y1[i]);
+  const Floats x0 = Floats::all(b.x0[i]), x1 = Floats::all(b.x1[i]);
+  const Floats y0 = Floats::all(b.y0[i]), y1 = Floats::all(b.y1[i]);
   uint64_t bits = 0;
   for (int64_t j = 0; j < 64; j += Floats::size) {
     const auto side = [&](Floats low, Floats high, const float* lows, const float* highs) {

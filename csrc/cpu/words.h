@@ -1,7 +1,7 @@
 #pragma once
 
-// A vector of 64-bit words for the instruction set this translation unit is compiled for, P2S_ISA. Everything has internal
-// linkage: an inline function shared between units could be replaced by a copy that needs a newer processor.
+// A vector of 64-bit words for the instruction set this translation unit is compiled for, P2S_ISA. Everything has
+// internal linkage: an inline function shared between units could be replaced by a copy that needs a newer processor.
 
 #include <cstdint>
 #include <cstring>
