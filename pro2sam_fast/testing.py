@@ -78,7 +78,7 @@ def backend_cases() -> tuple[BackendCase, ...]:
     """Every back end on every device that it takes, the CPU kernels once per instruction set."""
     return (
         BackendCase("auto", "cpu"),
-        *(BackendCase("cpu", "cpu", isa) for isa in ("scalar", "avx2", "avx512")),
+        *(BackendCase("cpu", "cpu", isa) for isa in ("scalar", "avx2", "avx512", "avx512bf16")),
         BackendCase("triton", "cpu" if interpreting() else "cuda"),
         BackendCase("reference", "cuda"),
         BackendCase("auto", "cuda"),

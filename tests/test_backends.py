@@ -87,7 +87,7 @@ def test_module_prints_every_state():
         assert f"{name:<10} {state.state:<8} {state.reason}" in text
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
 def test_environment_forces_the_instruction_set(isa):
     state = pro2sam_fast.backends()["cpu"]
     if isa not in state.details.get("isa_available", ()):
@@ -100,7 +100,7 @@ def test_environment_with_an_unknown_instruction_set_is_told():
     if not pro2sam_fast.backends()["cpu"].loaded:
         pytest.skip(pro2sam_fast.backends()["cpu"].reason)
     reason = run("import pro2sam_fast; print(pro2sam_fast.backends()['cpu'])", PRO2SAM_CPU_ISA="mmx")
-    assert reason == "missing: PRO2SAM_CPU_ISA=mmx: unknown instruction set; choose scalar, avx2 or avx512"
+    assert reason == "missing: PRO2SAM_CPU_ISA=mmx: unknown instruction set; choose scalar, avx2, avx512 or avx512bf16"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@
 namespace p2s {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16"};
 
 #if defined(__x86_64__)
 // XCR0: the register files that the operating system saves on a context switch.
@@ -36,7 +36,9 @@ Isa detect() {
   if (!has(b, bmi1 | avx2 | bmi2)) return Isa::scalar;
   constexpr uint32_t f = bit(16), dq = bit(17), bw = bit(30), vl = bit(31), vpopcntdq = bit(14);
   if (!has(saved, zmm) || !has(b, f | dq | bw | vl) || !has(c, vpopcntdq)) return Isa::avx2;
-  return Isa::avx512;
+  constexpr uint32_t bf16 = bit(5);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, bf16)) return Isa::avx512;
+  return Isa::avx512bf16;
 }
 #else
 Isa detect() { return Isa::scalar; }
@@ -68,7 +70,7 @@ Status isa_force(const char* name) {
     forced.store(i, std::memory_order_relaxed);
     return {};
   }
-  return {"unknown instruction set; choose scalar, avx2 or avx512"};
+  return {"unknown instruction set; choose scalar, avx2, avx512 or avx512bf16"};
 }
 
 }  // namespace p2s
