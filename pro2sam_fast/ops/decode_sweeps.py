@@ -34,7 +34,7 @@ import math
 import torch
 
 from .. import _native
-from ._backends import check_call, register
+from ._backends import check_call, register, unavailable
 from .pixel_tiles import TILE, VALUE_LANES, pair, unpack_pixels, unpack_values
 
 __all__ = ["BASES", "POSITIONAL", "VALUES", "decode_sweep0", "decode_sweep1", "decode_sweep2"]
@@ -141,6 +141,16 @@ def _decode_sweep2(
     keys = project(basis("kf"), key0, key1, beta_key) + unpack_rows(positional, POSITIONAL, "kf", inner, pixels)
     out = _attend_pixels(qf, keys, project(vf, value0, value1, beta_value) + constant)
     return out, _pad_pixels(r2, norms.shape[-1] // TILE)
+
+
+def fast_operands(device_type: str, dtype: torch.dtype) -> torch.dtype | None:
+    """The operands with which native sweeps serve a model that works in ``dtype``; None if there are no native sweeps.
+
+    bfloat16 is only worth its rounding where the processor multiplies it directly.
+    """
+    if device_type != "cpu" or unavailable("cpu", device_type) is not None:
+        return None
+    return dtype if dtype == torch.bfloat16 and _native._cpu.isa_active() == "avx512bf16" else torch.float32
 
 
 def decode_sweep0(

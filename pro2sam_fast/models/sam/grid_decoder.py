@@ -67,7 +67,9 @@ class GridDecoder:
 
     Args:
         sam: a model for which :meth:`supports` holds, its decoder's parameters in float32.
-        dtype: of the operands of matrix products, float32 or bfloat16; sums and everything else are in float32.
+        dtype: of the operands of matrix products, float32 or bfloat16; sums and everything else are in float32. The few
+            products that make queries, keys, values and the masks' vectors stay in float32 (they are a third of the
+            tokens' work, and their rounding would be most of the error).
 
     Raises:
         ConfigError: the model's decoder is of another kind.
@@ -83,10 +85,10 @@ class GridDecoder:
         transformer = decoder.transformer
         self.heads = transformer.final_attn_token_to_image.num_heads
         self.layers = [_TokenLayer(layer, dtype) for layer in transformer.layers]
-        self.final_query = _Linear(dtype, transformer.final_attn_token_to_image.q_proj)
-        self.final_out = _Linear(dtype, transformer.final_attn_token_to_image.out_proj)
-        self.iou_head = _perceptron(dtype, decoder.iou_prediction_head)
-        self.hypernetworks = [_perceptron(dtype, mlp) for mlp in decoder.output_hypernetworks_mlps]
+        self.final_query = _Linear(transformer.final_attn_token_to_image.q_proj)
+        self.final_out = _Linear(transformer.final_attn_token_to_image.out_proj)
+        self.iou_head = _perceptron(decoder.iou_prediction_head)
+        self.hypernetworks = [_perceptron(mlp) for mlp in decoder.output_hypernetworks_mlps]
         with torch.no_grad():
             self._fold(sam)
 
@@ -312,7 +314,7 @@ class _Image:
 class _Linear:
     """Linear layers on the same input, side by side, with operands and results in ``dtype``."""
 
-    def __init__(self, dtype: torch.dtype, *layers: nn.Linear) -> None:
+    def __init__(self, *layers: nn.Linear, dtype: torch.dtype = torch.float32) -> None:
         self.weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
         self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
 
@@ -320,8 +322,8 @@ class _Linear:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-def _perceptron(dtype: torch.dtype, mlp: nn.Module):
-    *hidden, last = (_Linear(dtype, layer) for layer in mlp.layers)
+def _perceptron(mlp: nn.Module):
+    *hidden, last = (_Linear(layer) for layer in mlp.layers)
 
     def forward(x: Tensor) -> Tensor:
         for layer in hidden:
@@ -337,12 +339,12 @@ class _TokenLayer:
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         own, read, ask = layer.self_attn, layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
         self.norm1, self.norm2, self.norm3 = layer.norm1, layer.norm2, layer.norm3
-        self.own_query_key = _Linear(dtype, own.q_proj, own.k_proj)
-        self.own_value = _Linear(dtype, own.v_proj)
-        self.own_out = _Linear(dtype, own.out_proj)
-        self.query, self.out = _Linear(dtype, read.q_proj), _Linear(dtype, read.out_proj)
-        self.key, self.value = _Linear(dtype, ask.k_proj), _Linear(dtype, ask.v_proj)
-        self.mlp1, self.mlp2 = _Linear(dtype, layer.mlp.lin1), _Linear(dtype, layer.mlp.lin2)
+        self.own_query_key = _Linear(own.q_proj, own.k_proj)
+        self.own_value = _Linear(own.v_proj)
+        self.own_out = _Linear(own.out_proj)
+        self.query, self.out = _Linear(read.q_proj), _Linear(read.out_proj)
+        self.key, self.value = _Linear(ask.k_proj), _Linear(ask.v_proj)
+        self.mlp1, self.mlp2 = _Linear(layer.mlp.lin1, dtype=dtype), _Linear(layer.mlp.lin2, dtype=dtype)
 
     def self_attention(self, qk: Tensor, v: Tensor, heads: int) -> Tensor:
         """Attention among the tokens of each prompt: (g, T, D) with and without positions -> (g, T, D)."""
