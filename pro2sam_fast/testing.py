@@ -43,6 +43,10 @@ TOLERANCES = {
     torch.float32: Tolerance(rtol=1e-5, atol=1e-6),
     torch.bfloat16: Tolerance(rtol=1.6e-2, atol=1e-3),
     torch.float16: Tolerance(rtol=2e-3, atol=1e-4),
+    # Long chains of products whose sums cancel, so an error is relative to the terms and not to the result. With
+    # bfloat16 operands the probabilities are rounded too, which the reference doesn't do.
+    "decode float32": Tolerance(rtol=1e-4, atol=2e-5),
+    "decode bfloat16": Tolerance(rtol=2e-2, atol=3e-2),
 }
 
 

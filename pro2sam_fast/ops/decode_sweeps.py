@@ -46,6 +46,7 @@ MAPS1 = ("gram", "key", "value")
 MAPS2 = ("query", "gram0", "gram01", "gram1", "key0", "key1", "value0", "value1")
 VECTORS2 = ("beta0", "beta1", "key", "value", "constant")
 MAX_TOKENS = 32
+MAX_WIDTH = 256
 
 
 def unpack_rows(packed: torch.Tensor, names: tuple[str, ...], name: str, inner: int, pixels: int) -> torch.Tensor:
@@ -292,6 +293,10 @@ def check_decode(
             f"{op}: {next(iter(tokens))} must be (G, h, T, d), T from 2 to {MAX_TOKENS} and d even, got {tuple(shape)}"
         )
     n, tiles, inner = pair(bases.dtype), max(-(-pixels // TILE), 1), shape[1] * shape[3]
+    if inner % VALUE_LANES or shape[3] > MAX_WIDTH:
+        raise ValueError(
+            f"{op}: h d must be a multiple of {VALUE_LANES} and d at most {MAX_WIDTH}, got {shape[1]} and {shape[3]}"
+        )
     if bases.dim() != 5 or bases.shape[1] != tiles or bases.shape[3:] != (TILE, n) or pixels < 1:
         raise ValueError(f"{op}: bases must be (B, {tiles}, K / {n}, {TILE}, {n}), got {tuple(bases.shape)}")
     if bases.shape[2] < len(BASES) * inner // n:
@@ -325,7 +330,7 @@ def shapes(bases: torch.Tensor, tokens: torch.Tensor) -> dict[str, tuple[int, ..
 
 def check_images(op: str, image: torch.Tensor, images: int) -> None:
     """Raises ValueError unless all of ``image`` (G,) are in 0..images - 1."""
-    if len(image) and not (0 <= int(image.min()) and int(image.max()) < images):
+    if len(image) and (int(image.min()) < 0 or int(image.max()) >= images):
         raise ValueError(f"{op}: image must be in 0..{images - 1}, got {int(image.min())}..{int(image.max())}")
 
 
@@ -436,8 +441,8 @@ register(
 )
 register(
     "decode_sweep2(Tensor bases, Tensor values, Tensor norms, Tensor positional, Tensor image, Tensor r1, Tensor k0, "
-    "Tensor v0, Tensor k1, Tensor v1, Tensor qf, Tensor maps, Tensor vectors, float beta_norm, int pixels, int channels, "
-    'float eps, *, str backend="auto") -> (Tensor out, Tensor r2)',
+    "Tensor v0, Tensor k1, Tensor v1, Tensor qf, Tensor maps, Tensor vectors, float beta_norm, int pixels, "
+    'int channels, float eps, *, str backend="auto") -> (Tensor out, Tensor r2)',
     _check_sweep2,
     {"reference": _decode_sweep2, "cpu": _decode_sweep2_cpu},
     lambda bases, values, norms, positional, image, r1, k0, *others: _empty_sweep(k0, norms),

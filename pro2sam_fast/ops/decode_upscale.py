@@ -1,8 +1,8 @@
 """Low-resolution masks of prompts that share an image, straight from what `decode_sweeps` left: neither the image of a
 prompt nor its upscaled embedding exists, and masks that nobody wants cost no dot product.
 
-The transposed convolutions of SAM's mask decoder have kernel 2 and stride 2, so every pixel of the image embedding makes
-its own 4 x 4 block of every mask (Kirillov et al. 2023, appendix A):
+The transposed convolutions of SAM's mask decoder have kernel 2 and stride 2, so every pixel of the image embedding
+makes its own 4 x 4 block of every mask (Kirillov et al. 2023, appendix A):
 
     y     = r2 (r1 (basis + a0 map0) + a1 map1 + vector) + constant        4 positions x C1 channels
     z     = GELU(y / sqrt(mean(y^2) + eps) * norm_weight + norm_bias)      layer norm: y is centred over C1
@@ -94,7 +94,7 @@ def decode_upscale(
         query: float32 (I, I), a0's way to the queries of attention 1.
         maps: float32 (2, I, 4 C1), a0's and a1's way through the first convolution.
         vectors: float32 (2, 4 C1), what is multiplied by r2, and the constant.
-        norm: float32 (2, C1), weight and bias of the layer norm; C1 even.
+        norm: float32 (2, C1), weight and bias of the layer norm; C1 a multiple of 4.
         weight: float32 (4 C2, C1), the second convolution, position by position. bias: float32 (C2,).
         height, width: of the grid of P pixels.
         eps: epsilon of the layer norm.
@@ -119,9 +119,9 @@ def _check_upscale(
     height, width, eps,
 ):  # fmt: skip
     tokens = {"k0": k0, "v0": v0, "k1": k1, "v1": v1}
-    if norm.dim() != 2 or norm.shape[1] % 2 or bias.dim() != 1 or hyper.dim() != 2:
+    if norm.dim() != 2 or norm.shape[1] % 4 or bias.dim() != 1 or hyper.dim() != 2:
         raise ValueError(
-            "decode_upscale: norm must be (2, C1) with C1 even, bias (C2,) and hyper (M, C2), got "
+            "decode_upscale: norm must be (2, C1) with C1 a multiple of 4, bias (C2,) and hyper (M, C2), got "
             f"{tuple(norm.shape)}, {tuple(bias.shape)} and {tuple(hyper.shape)}"
         )
     others = {}
@@ -173,9 +173,9 @@ def _decode_upscale_cpu(
 
 
 register(
-    "decode_upscale(Tensor bases, Tensor positional, Tensor image, Tensor r1, Tensor r2, Tensor k0, Tensor v0, Tensor k1, "
-    "Tensor v1, Tensor hyper, Tensor first, Tensor query, Tensor maps, Tensor vectors, Tensor norm, Tensor weight, "
-    'Tensor bias, int height, int width, float eps, *, str backend="auto") -> Tensor',
+    "decode_upscale(Tensor bases, Tensor positional, Tensor image, Tensor r1, Tensor r2, Tensor k0, Tensor v0, "
+    "Tensor k1, Tensor v1, Tensor hyper, Tensor first, Tensor query, Tensor maps, Tensor vectors, Tensor norm, "
+    'Tensor weight, Tensor bias, int height, int width, float eps, *, str backend="auto") -> Tensor',
     _check_upscale,
     {"reference": _decode_upscale, "cpu": _decode_upscale_cpu},
     lambda *arguments: _empty_upscale(arguments[9], *arguments[17:19]),

@@ -1,7 +1,7 @@
 """The layout in which the sweeps of the mask decoder read what all prompts of an image share.
 
-Pixels come in tiles of 64 (the last one padded with zeros) and are the fastest dimension, so that a vector register holds
-the same channel of neighbouring pixels. Operands are 32-bit words: one float32, or the `pair` of bfloat16 that a
+Pixels come in tiles of 64 (the last one padded with zeros) and are the fastest dimension, so that a vector register
+holds the same channel of neighbouring pixels. Operands are 32-bit words: one float32, or the `pair` of bfloat16 that a
 dot-product instruction multiplies at once. Channels that meet a prompt's vector pair up by channel (`pack_pixels`);
 channels that are averaged over pixels pair up by pixel (`pack_values`).
 """

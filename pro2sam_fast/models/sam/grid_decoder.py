@@ -42,9 +42,9 @@ class ImageBases(NamedTuple):
 class DecodedGrid(NamedTuple):
     """What the transformer made of G prompts.
 
-    iou: float32 (G, M), predicted IoU of all mask tokens. hyper: float32 (G, M, D / 8), the masks' vectors. image: int64
-    (G,). k0, v0, k1, v1: float32 (G, h, T, d), keys and values of image-to-token attention. r1, r2: float32 (G, 64
-    tiles), reciprocal deviations of the layer norms behind it.
+    iou: float32 (G, M), predicted IoU of all mask tokens. hyper: float32 (G, M, D / 8), the masks' vectors. image:
+    int64 (G,). k0, v0, k1, v1: float32 (G, h, T, d), keys and values of image-to-token attention. r1, r2: float32
+    (G, 64 tiles), reciprocal deviations of the layer norms behind it.
     """
 
     iou: Tensor
@@ -125,7 +125,7 @@ class GridDecoder:
         og = o0 * first.gamma @ centre
         beta = (first.beta + second.to_token.out_bias) @ centre
         deconv1, norm, _, deconv2, _ = self.decoder.output_upscaling
-        channels1, channels2 = deconv1.out_channels, deconv2.out_channels
+        channels1 = deconv1.out_channels
         centre1 = torch.block_diag(*[torch.eye(channels1, dtype=torch.float64, device=sam.device) - 1 / channels1] * 4)
         convolution = deconv1.weight.double().permute(0, 2, 3, 1).flatten(1) @ centre1
 
@@ -191,7 +191,7 @@ class GridDecoder:
         embeddings = embeddings.flatten(2).float()
         shared = torch.stack([torch.addmm(self.shared_constant, self.shared_weight, e) for e in embeddings])
         xc, xg = (torch.stack([m.matrix.T @ e + m.constant[:, None] for e in embeddings]) for m in self.norm_maps)
-        norms = torch.stack([xc.square().sum(dim=1), xg.square().sum(dim=1), (xg * self.beta[:, None]).sum(dim=1)], dim=1)
+        norms = torch.stack([(a * b).sum(dim=1) for a, b in ((xc, xc), (xg, xg), (xg, self.beta[:, None]))], dim=1)
         values = shared[:, self.shared_rows :].unflatten(1, (3, self.heads, -1))
         return ImageBases(
             pack_pixels(shared[:, : self.shared_rows], self.dtype),
@@ -211,8 +211,9 @@ class GridDecoder:
         Raises:
             ConfigError: too many prompt tokens.
         """
-        if sparse.shape[1] + len(self.output_tokens) > MOST_TOKENS:
-            raise ConfigError(f"prompts may have {MOST_TOKENS - len(self.output_tokens)} tokens, got {sparse.shape[1]}.")
+        most = MOST_TOKENS - len(self.output_tokens)
+        if sparse.shape[1] > most:
+            raise ConfigError(f"prompts may have {most} tokens, got {sparse.shape[1]}.")
         if image is None:
             image = torch.zeros(len(sparse), dtype=torch.int64, device=sparse.device)
         starts = range(0, max(len(sparse), 1), _PROMPTS_PER_GROUP)
