@@ -2,6 +2,9 @@
 
 // Register-blocked products of pixel tiles with the operands of one prompt. Included inside a namespace of the unit's own.
 
+// Accumulators stay in registers only where they never leave the function.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 constexpr int kTile = 64;
 constexpr int kValueLanes = 16;
 #if defined(__AVX512F__)
@@ -56,9 +59,10 @@ inline void write_panel(float* panel, int words, int count, int output, const fl
 
 // sum[o][v] += basis (words, 64 pixels) . panel (words, NO)
 template <class O, int NO>
-inline void dot_block(F (&sum)[NO][kVectors], const float* basis, const float* panel, int words) {
+ALWAYS_INLINE void dot_block(F (&sum)[NO][kVectors], const float* basis, const float* panel, int words) {
   for (int k = 0; k < words; ++k, basis += kTile, panel += NO) {
     F b[kVectors];
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) b[v] = load(basis + v * F::size);
 #pragma GCC unroll 8
     for (int o = 0; o < NO; ++o) {
@@ -70,24 +74,30 @@ inline void dot_block(F (&sum)[NO][kVectors], const float* basis, const float* p
 }
 
 template <int NO>
-inline void fill_block(F (&sum)[NO][kVectors], const float* bias) {
+ALWAYS_INLINE void fill_block(F (&sum)[NO][kVectors], const float* bias) {
+#pragma GCC unroll 8
   for (int o = 0; o < NO; ++o) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[o][v] = bias ? set1(bias[o]) : set1(0.0f);
   }
 }
 
 // sum[o] = sum[o] * factor (64 pixels) + bias[o]
 template <int NO>
-inline void scale_block(F (&sum)[NO][kVectors], const float* factor, const float* bias) {
+ALWAYS_INLINE void scale_block(F (&sum)[NO][kVectors], const float* factor, const float* bias) {
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     const F f = load(factor + v * F::size);
+#pragma GCC unroll 8
     for (int o = 0; o < NO; ++o) sum[o][v] = bias ? fma(sum[o][v], f, set1(bias[o])) : sum[o][v] * f;
   }
 }
 
 template <int NO>
-inline void store_block(float* rows, const F (&sum)[NO][kVectors]) {
+ALWAYS_INLINE void store_block(float* rows, const F (&sum)[NO][kVectors]) {
+#pragma GCC unroll 8
   for (int o = 0; o < NO; ++o) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(rows + o * kTile + v * F::size, sum[o][v]);
   }
 }
@@ -110,6 +120,7 @@ inline void outer_product(float* out, const float* weights, int rows, const floa
       }
       for (int k = 0; k < words; ++k, b += lanes, ++w) {
         F x[NC];
+#pragma GCC unroll 8
         for (int c = 0; c < NC; ++c) x[c] = load(b + c * F::size);
 #pragma GCC unroll 8
         for (int r = 0; r < NR; ++r) {
@@ -127,17 +138,28 @@ inline void outer_product(float* out, const float* weights, int rows, const floa
   });
 }
 
-// out (64 pixels) += basis (words, 64 pixels) . row (words), in four partial sums
+// out (64 pixels) += basis (words, 64 pixels) . row (words); four partial sums hide the latency
 template <class O>
 inline void add_row_product(float* out, const float* basis, const float* row, int words) {
-  for (int px = 0; px < kTile; px += F::size) {
-    F part[4] = {load(out + px), set1(0.0f), set1(0.0f), set1(0.0f)};
+  constexpr int kParts = 4;
+  for (int px = 0; px < kTile; px += kStep) {
+    F part[kParts][kVectors];
+    fill_block(part, nullptr);
+    const auto step = [&](int k, int i) {
+      const F w = set1(row[k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) part[i][v] = O::dot(part[i][v], load(basis + k * kTile + px + v * F::size), w);
+    };
     int k = 0;
-    for (; k + 4 <= words; k += 4) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) part[i] = O::dot(part[i], load(basis + (k + i) * kTile + px), set1(row[k + i]));
+    for (; k + kParts <= words; k += kParts) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kParts; ++i) step(k + i, i);
     }
-    for (; k < words; ++k) part[0] = O::dot(part[0], load(basis + k * kTile + px), set1(row[k]));
-    store(out + px, (part[0] + part[1]) + (part[2] + part[3]));
+    for (; k < words; ++k) step(k, 0);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + px + v * F::size;
+      store(to, load(to) + ((part[0][v] + part[1][v]) + (part[2][v] + part[3][v])));
+    }
   }
 }

@@ -249,9 +249,11 @@ inline void add_quadratic(const Dims& s, float* out, const Probabilities& left, 
         fill_block(sum, bias + h * n + o);
         if (basis) dot_block<O>(sum, basis + h * words * kTile + px, vectors + words * (h * n + o), words);
         dot_block<O>(sum, right.words + px, gram + low * (h * n + o), length);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           const int at = px + v * F::size;
           F total = load(out + at);
+#pragma GCC unroll 8
           for (int i = 0; i < decltype(count)::value; ++i) {
             total = fma(sum[i][v], left.load_row<O>(h * n + o + i, at), total);
           }

@@ -105,9 +105,11 @@ struct Upscale {
       const int n = begin + c;
       for (int px = 0; px < kTile; px += kStep) {
         F sum[N][kVectors];
+#pragma GCC unroll 8
         for (int o = 0; o < N; ++o) {
           const F bias = set1(bias0[n + o]);
           const float* row = shared + (n + o) / O::pair * kTile + px;
+#pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) sum[o][v] = O::channel(load(row + v * F::size), (n + o) % O::pair) + bias;
         }
         dot_block<O>(sum, scratch.p0.words + px, map0 + n * low, low);
@@ -115,8 +117,10 @@ struct Upscale {
         dot_block<O>(sum, scratch.p1.words + px, map1 + n * low, low);
         scale_block(sum, r2 + px, constant + n);
         store_block(scratch.y + c * kTile + px, sum);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           F square = load(scale + px + v * F::size);
+#pragma GCC unroll 8
           for (int o = 0; o < N; ++o) square = fma(sum[o][v], sum[o][v], square);
           store(scale + px + v * F::size, square);
         }
@@ -153,12 +157,15 @@ struct Upscale {
         F sum[N][kVectors];
         fill_block(sum, args.bias + c);
         dot_block<O>(sum, scratch.z + px, weight + c * words, words);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           F g[N];
+#pragma GCC unroll 8
           for (int o = 0; o < N; ++o) g[o] = O::gelu(sum[o][v]);
           for (int m = 0; m < masks; ++m) {
             float* to = logits + m * kTile + px + v * F::size;
             F total = load(to);
+#pragma GCC unroll 8
             for (int o = 0; o < N; ++o) total = fma(set1(hyper[m * s.channels2 + c + o]), g[o], total);
             store(to, total);
           }
@@ -172,6 +179,7 @@ struct Upscale {
                          const float* logits) {
     const int width = int(args.grid_width), first = t.tile * kTile, count = least(kTile, s.pixels - first);
     float* out = args.out + mask * 16 * s.pixels;
+#pragma GCC unroll 8
     for (int i = 0; i < 2; ++i) {
       for (int k = 0; k < 2; ++k) {
         float line[4 * kTile];

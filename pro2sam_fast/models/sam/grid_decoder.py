@@ -148,14 +148,17 @@ class GridDecoder:
             "v1": xc * first.gamma @ read1.v,
             "vf": xg * second.gamma @ final.v,
         }
-        self.shared_weight = torch.cat([x.matrix for x in shared.values()], dim=1).T.float().contiguous()
-        constant = torch.cat([x.constant for x in shared.values()])[:, None].repeat(1, len(positions))
-        inner = o0.shape[0]
-        constant[:inner] += (positions @ read0.k).T
-        constant[3 * inner : 4 * inner] += (positions @ ask0.q + ask0.q_bias).T
-        self.shared_constant = constant.float()
-        self.shared_rows = 8 * inner + 4 * channels1
-        self.norm_maps = [_Affine(x.matrix.float(), x.constant.float()) for x in (xc, xg)]
+        names = list(shared)
+        bases, values = ([shared[n] for n in part] for part in (names[:9], names[9:]))
+        constant = torch.cat([x.constant for x in bases]).repeat(len(positions), 1)
+        inner = len(o0)
+        constant[:, :inner] += positions @ read0.k
+        constant[:, 3 * inner : 4 * inner] += positions @ ask0.q + ask0.q_bias
+        self.bases_weight = torch.cat([x.matrix for x in bases], dim=1).float()
+        self.bases_constant = constant.float()
+        self.values_weight = torch.cat([x.matrix for x in values], dim=1).T.float().contiguous()
+        self.values_constant = torch.cat([x.constant for x in values])[:, None].float()
+        self.centred_constant, self.gamma = xc.constant[:, None].float(), first.gamma[:, None].float()
         self.beta = beta.float()
         positional = [positions @ read1.k, positions @ ask1.q + first.beta @ ask1.q + ask1.q_bias, positions @ final.k]
         self.positional = pack_pixels(torch.cat(positional, dim=1).T[None].float(), self.dtype)
@@ -188,15 +191,21 @@ class GridDecoder:
     @torch.no_grad()
     def bases(self, embeddings: Tensor) -> ImageBases:
         """What all prompts of these images share: float32 (B, D, e, e) -> bases."""
-        embeddings = embeddings.flatten(2).float()
-        shared = torch.stack([torch.addmm(self.shared_constant, self.shared_weight, e) for e in embeddings])
-        xc, xg = (torch.stack([m.matrix.T @ e + m.constant[:, None] for e in embeddings]) for m in self.norm_maps)
-        norms = torch.stack([(a * b).sum(dim=1) for a, b in ((xc, xc), (xg, xg), (xg, self.beta[:, None]))], dim=1)
-        values = shared[:, self.shared_rows :].unflatten(1, (3, self.heads, -1))
-        return ImageBases(
-            pack_pixels(shared[:, : self.shared_rows], self.dtype),
-            pack_values(values, self.dtype),
-            F.pad(norms, (0, -norms.shape[-1] % TILE)),
+        packed = [self._image_bases(e) for e in embeddings.flatten(2).float()]
+        return ImageBases(*map(torch.cat, zip(*packed, strict=True)))
+
+    def _image_bases(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        # (D, P); channels are the dense dimension of what `pack_pixels` takes
+        bases = torch.addmm(self.bases_constant, embedding.T, self.bases_weight)
+        values = torch.addmm(self.values_constant, self.values_weight, embedding)
+        xc = embedding - embedding.mean(dim=0) + self.centred_constant
+        xg = xc * self.gamma
+        xg -= xg.mean(dim=0)
+        norms = torch.stack([xc.square().sum(dim=0), xg.square().sum(dim=0), self.beta @ xg])
+        return (
+            pack_pixels(bases.T[None], self.dtype),
+            pack_values(values.unflatten(0, (1, 3, self.heads, -1)), self.dtype),
+            F.pad(norms, (0, -norms.shape[-1] % TILE))[None],
         )
 
     @torch.no_grad()
