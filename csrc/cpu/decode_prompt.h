@@ -3,6 +3,9 @@
 // What the sweeps do with one prompt's tokens. Probabilities over the T tokens of a head sum to 1, so the last one is
 // expressed by the others: P v = v_last + sum_{t < T-1} P_t (v_t - v_last). Included inside a namespace of the unit's own.
 
+constexpr int kUsualTokens = 7;  // of one point or one box
+constexpr int kMostTokens = 32;
+
 struct Dims {
   int heads, tokens, width;  // h, T, d
   int inner;                 // I = h d
@@ -144,18 +147,21 @@ struct Probabilities {
 
   // scores (T, 64), to the base of two: softmax over the tokens of `head`
   template <class O>
-  void set(const Dims& s, int head, float* scores) const {
-    const int first = head * s.low_head;
+  void set(const Dims& s, int head, const float* scores) const {
+    s.tokens == kUsualTokens ? set_tokens<O, kUsualTokens>(s, s.tokens, head, scores)
+                             : set_tokens<O, kMostTokens>(s, s.tokens, head, scores);
+  }
+
+  // Unrolled for the usual number of tokens.
+  template <class O, int most>
+  void set_tokens(const Dims& s, int count, int head, const float* scores) const {
+    const int first = head * s.low_head, tokens = most == kUsualTokens ? most : count;
     for (int px = 0; px < kTile; px += F::size) {
-      F best = load(scores + px), total = set1(0.0f);
-      for (int t = 1; t < s.tokens; ++t) best = max(best, load(scores + t * kTile + px));
-      for (int t = 0; t < s.tokens; ++t) {
-        const F e = O::exp2(load(scores + t * kTile + px) - best);
-        store(scores + t * kTile + px, e);
-        total = total + e;
-      }
+      F e[most], best = load(scores + px), total = set1(0.0f);
+      for (int t = 1; t < tokens; ++t) best = max(best, load(scores + t * kTile + px));
+      for (int t = 0; t < tokens; ++t) e[t] = O::exp2(load(scores + t * kTile + px) - best), total = total + e[t];
       const F part = set1(1.0f) / total;
-      for (int t = 0; t + 1 < s.tokens; ++t) store(rows + (first + t) * kTile + px, load(scores + t * kTile + px) * part);
+      for (int t = 0; t + 1 < tokens; ++t) store(rows + (first + t) * kTile + px, e[t] * part);
       if (O::pair == 1) continue;
       for (int j = first; j < first + s.low_head; j += 2) {
         O::store_channels(words + j / 2 * kTile + px, kTile, load(rows + j * kTile + px),

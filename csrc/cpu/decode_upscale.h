@@ -183,10 +183,9 @@ struct Upscale {
     for (int i = 0; i < 2; ++i) {
       for (int k = 0; k < 2; ++k) {
         float line[4 * kTile];
-        for (int q = 0; q < 4; ++q) {
-          const int position = (2 * i + q / 2) * kParts + 2 * k + q % 2;
-          const float* from = logits + (position * masks + m) * kTile;
-          for (int px = 0; px < kTile; ++px) line[4 * px + q] = from[px];
+        const auto at = [&](int j, int l) { return logits + (((2 * i + j) * kParts + 2 * k + l) * masks + m) * kTile; };
+        for (int px = 0; px < kTile; px += F::size) {
+          store_interleaved(line + 4 * px, load(at(0, 0) + px), load(at(0, 1) + px), load(at(1, 0) + px), load(at(1, 1) + px));
         }
         for (int px = 0; px < count;) {
           const int y = (first + px) / width, x = (first + px) % width, run = least(width - x, count - px);

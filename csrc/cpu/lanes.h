@@ -53,6 +53,21 @@ inline void transpose(F (&r)[16]) {
   }
 }
 
+// out (4 * size) = a[0] b[0] c[0] d[0] a[1] ...
+inline void store_interleaved(float* out, F a, F b, F c, F d) {
+  const __m512d low_ab = _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v)), high_ab = _mm512_castps_pd(_mm512_unpackhi_ps(a.v, b.v));
+  const __m512d low_cd = _mm512_castps_pd(_mm512_unpacklo_ps(c.v, d.v)), high_cd = _mm512_castps_pd(_mm512_unpackhi_ps(c.v, d.v));
+  // r[i] has pixels i, 4 + i, 8 + i, 12 + i in its quarters
+  const __m512 r0 = _mm512_castpd_ps(_mm512_unpacklo_pd(low_ab, low_cd)), r1 = _mm512_castpd_ps(_mm512_unpackhi_pd(low_ab, low_cd));
+  const __m512 r2 = _mm512_castpd_ps(_mm512_unpacklo_pd(high_ab, high_cd)), r3 = _mm512_castpd_ps(_mm512_unpackhi_pd(high_ab, high_cd));
+  const __m512 even01 = _mm512_shuffle_f32x4(r0, r1, 0x88), odd01 = _mm512_shuffle_f32x4(r0, r1, 0xdd);
+  const __m512 even23 = _mm512_shuffle_f32x4(r2, r3, 0x88), odd23 = _mm512_shuffle_f32x4(r2, r3, 0xdd);
+  _mm512_storeu_ps(out, _mm512_shuffle_f32x4(even01, even23, 0x88));
+  _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+  _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+  _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+}
+
 #elif defined(__AVX2__)
 
 struct F {
@@ -152,6 +167,9 @@ inline float greatest(F x) {
   float best = lanes[0];
   for (float lane : lanes) best = lane > best ? lane : best;
   return best;
+}
+inline void store_interleaved(float* out, F a, F b, F c, F d) {
+  for (int i = 0; i < F::size; ++i, out += 4) out[0] = a.v[i], out[1] = b.v[i], out[2] = c.v[i], out[3] = d.v[i];
 }
 inline void transpose(F (&r)[F::size]) {
   float square[F::size][F::size];
