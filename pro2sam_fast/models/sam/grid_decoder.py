@@ -192,7 +192,7 @@ class GridDecoder:
     def bases(self, embeddings: Tensor) -> ImageBases:
         """What all prompts of these images share: float32 (B, D, e, e) -> bases."""
         packed = [self._image_bases(e) for e in embeddings.flatten(2).float()]
-        return ImageBases(*map(torch.cat, zip(*packed, strict=True)))
+        return ImageBases(*(packed[0] if len(packed) == 1 else map(torch.cat, zip(*packed, strict=True))))
 
     def _image_bases(self, embedding: Tensor) -> tuple[Tensor, ...]:
         # (D, P); channels are the dense dimension of what `pack_pixels` takes
