@@ -18,16 +18,15 @@ using Shape = std::array<int64_t, 11>;
 // bases, values, norms, positional, image
 using Image = std::array<uintptr_t, 5>;
 
+const float* floats(uintptr_t address) { return pointer<const float>(address); }
+
 DecodeShape decode_shape(const Shape& n, float eps) {
   return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], eps};
 }
 
 DecodeImage decode_image(const Image& p) {
-  return {pointer<const float>(p[0]), pointer<const float>(p[1]), pointer<const float>(p[2]), pointer<const float>(p[3]),
-          pointer<const int64_t>(p[4])};
+  return {floats(p[0]), floats(p[1]), floats(p[2]), floats(p[3]), pointer<const int64_t>(p[4])};
 }
-
-const float* floats(uintptr_t address) { return pointer<const float>(address); }
 
 }  // namespace
 
@@ -77,7 +76,7 @@ PYBIND11_MODULE(_cpu, m) {
       "a (rows, words), b (columns, words) -> iou (rows, columns); areas: scratch (rows + columns). Returns the "
       "instruction set that ran.");
 
-  // The last four: see p2s/decode.h for the arrays, in the order in which they come.
+  // p2s/decode.h describes the arrays.
   m.def(
       "decode_sweep0",
       [](const Shape& shape, const Image& image, uintptr_t q, uintptr_t out, int threads) {
@@ -94,8 +93,8 @@ PYBIND11_MODULE(_cpu, m) {
          uintptr_t r1, int threads) {
         const char* isa = nullptr;
         raise_unless_ok(
-            decode_sweep1_cpu({decode_shape(shape, eps), decode_image(image), floats(in[0]), floats(in[1]), floats(in[2]),
-                               floats(in[3]), floats(in[4]), pointer<float>(out), pointer<float>(r1)},
+            decode_sweep1_cpu({decode_shape(shape, eps), decode_image(image), floats(in[0]), floats(in[1]),
+                               floats(in[2]), floats(in[3]), floats(in[4]), pointer<float>(out), pointer<float>(r1)},
                               threads, &isa),
             "decode_sweep1");
         return isa;
@@ -122,15 +121,16 @@ PYBIND11_MODULE(_cpu, m) {
          int64_t grid_width, uintptr_t out, int threads) {
         const char* isa = nullptr;
         raise_unless_ok(
-            decode_upscale_cpu({decode_shape(shape, eps), decode_image(image), floats(in[0]), floats(in[1]), floats(in[2]),
-                                floats(in[3]), floats(in[4]), floats(in[5]), floats(in[6]), pointer<const int64_t>(in[7]),
-                                floats(in[8]), floats(in[9]), floats(in[10]), floats(in[11]), floats(in[12]),
-                                floats(in[13]), grid_height, grid_width, pointer<float>(out)},
+            decode_upscale_cpu({decode_shape(shape, eps), decode_image(image), floats(in[0]), floats(in[1]),
+                                floats(in[2]), floats(in[3]), floats(in[4]), floats(in[5]), floats(in[6]),
+                                pointer<const int64_t>(in[7]), floats(in[8]), floats(in[9]), floats(in[10]),
+                                floats(in[11]), floats(in[12]), floats(in[13]), grid_height, grid_width,
+                                pointer<float>(out)},
                                threads, &isa),
             "decode_upscale");
         return isa;
       },
       py::call_guard<py::gil_scoped_release>(),
-      "r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias -> out. Returns the instruction set "
-      "that ran.");
+      "r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias -> out. Returns the instruction "
+      "set that ran.");
 }

@@ -1,6 +1,7 @@
 #pragma once
 
-// Token-to-image attention over all pixels, tile by tile, for one prompt. Included inside a namespace of the unit's own.
+// Token-to-image attention over all pixels, tile by tile, for one prompt. Included inside a namespace of the unit's
+// own.
 
 // Sums over pixels of (weight * factor) times rows of a basis; `factor` counts from 0.
 struct Accumulator {
@@ -10,8 +11,8 @@ struct Accumulator {
   float* sums;  // of one head: (T, lanes)
 };
 
-// The running softmax of all rows (h, T). Weights are 2^(score - reference); the reference of a row is its greatest score
-// when it was last set, and is set anew only when a score exceeds it by more than `kSlack`.
+// The running softmax of all rows (h, T). Weights are 2^(score - reference); the reference of a row is its greatest
+// score when it was last set, and is set anew only when a score exceeds it by more than `kSlack`.
 struct PixelSoftmax {
   static constexpr float kSlack = 24.0f, kNone = -1e30f;
   static constexpr int kSums = 3;

@@ -1,6 +1,7 @@
 #pragma once
 
-// Register-blocked products of pixel tiles with the operands of one prompt. Included inside a namespace of the unit's own.
+// Register-blocked products of pixel tiles with the operands of one prompt. Included inside a namespace of the unit's
+// own.
 
 // Accumulators stay in registers only where they never leave the function.
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
@@ -48,8 +49,8 @@ inline void for_blocks(int count, Body body) {
   }
 }
 
-// A panel holds the operands of `count` outputs with `words` words each, block by block of up to `most`: (words, outputs of
-// the block).
+// A panel holds the operands of `count` outputs with `words` words each, block by block of up to `most`: (words,
+// outputs of the block).
 template <class O, int most>
 inline void write_panel(float* panel, int words, int count, int output, const float* row) {
   const int size = block_size(count, most), begin = output / size * size, width = least(size, count - begin);

@@ -1,7 +1,8 @@
 #pragma once
 
 // What the sweeps do with one prompt's tokens. Probabilities over the T tokens of a head sum to 1, so the last one is
-// expressed by the others: P v = v_last + sum_{t < T-1} P_t (v_t - v_last). Included inside a namespace of the unit's own.
+// expressed by the others: P v = v_last + sum_{t < T-1} P_t (v_t - v_last). Included inside a namespace of the unit's
+// own.
 
 constexpr int kUsualTokens = 7;  // of one point or one box
 constexpr int kMostTokens = 32;
@@ -92,8 +93,8 @@ struct Projected {
       }
     }
   }
-  // row (low lanes) = what head `head` of the factor's product has in common with `vector` (d), times `scale`; the same of
-  // the last rows is returned.
+  // row (low lanes) = what head `head` of the factor's product has in common with `vector` (d), times `scale`; the same
+  // of the last rows is returned.
   float couple(const Dims& s, int head, const float* vector, float scale, float* row) const {
     const float* from = columns + head * s.width * s.low_lanes;
     float own = 0;
@@ -190,7 +191,8 @@ struct Probabilities {
 
 // Image-to-token attention 0 of one tile: queries (I words, 64), keys (h, d words * T).
 template <class O>
-inline void attend_tokens0(const Dims& s, const float* queries, const float* keys, const Probabilities& p, float* scores) {
+inline void attend_tokens0(const Dims& s, const float* queries, const float* keys, const Probabilities& p,
+                           float* scores) {
   const int words = s.width / O::pair;
   for (int h = 0; h < s.heads; ++h, queries += words * kTile, keys += words * s.tokens) {
     for_blocks<kOutputs>(s.tokens, [&](auto n, int o) {
@@ -240,8 +242,8 @@ inline void attend_tokens1(const Dims& s, const float* queries, const float* pos
   }
 }
 
-// out (64) += sum_j left_j (basis_j . vectors_j + right . gram_j + bias_j), j over all probabilities. A symmetric gram is
-// given as its lower triangle of heads.
+// out (64) += sum_j left_j (basis_j . vectors_j + right . gram_j + bias_j), j over all probabilities. A symmetric gram
+// is given as its lower triangle of heads.
 template <class O>
 inline void add_quadratic(const Dims& s, float* out, const Probabilities& left, const Probabilities& right,
                           const float* gram, const float* bias, bool symmetric, const float* basis,
@@ -270,8 +272,8 @@ inline void add_quadratic(const Dims& s, float* out, const Probabilities& left, 
   }
 }
 
-// Panels of the quadratic form of a low-rank factor with itself: off-diagonal heads count twice, those above the diagonal
-// not at all. `linear` (h d) is added to the factor's last rows in the linear part.
+// Panels of the quadratic form of a low-rank factor with itself: off-diagonal heads count twice, those above the
+// diagonal not at all. `linear` (h d) is added to the factor's last rows in the linear part.
 template <class O>
 inline void write_gram(const Dims& s, float* panels, float* bias, const Projected& from, const LowRank& v,
                        const float* linear, float* row) {

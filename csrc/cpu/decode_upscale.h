@@ -147,8 +147,8 @@ struct Upscale {
   }
 
   // logits (masks, 64) += hyper (masks, channels2) . GELU of the second convolution at position `k`
-  static void contract(const Dims& s, const DecodeUpscaleArgs& args, int k, const float* hyper, int masks, float* logits,
-                       const Scratch& scratch) {
+  static void contract(const Dims& s, const DecodeUpscaleArgs& args, int k, const float* hyper, int masks,
+                       float* logits, const Scratch& scratch) {
     const int words = s.channels1 / O::pair;
     const float* weight = scratch.weight + k * s.channels2 * words;
     for_blocks<kChannels>(s.channels2, [&](auto count, int c) {
@@ -175,17 +175,19 @@ struct Upscale {
   }
 
   // logits (position 1, position 2, masks, 64) -> rows of one mask; a position is (row, column) of two by two
-  static void write_mask(const Dims& s, const TileOf<O>& t, const DecodeUpscaleArgs& args, int m, int masks, int64_t mask,
-                         const float* logits) {
+  static void write_mask(const Dims& s, const TileOf<O>& t, const DecodeUpscaleArgs& args, int m, int masks,
+                         int64_t mask, const float* logits) {
     const int width = int(args.grid_width), first = t.tile * kTile, count = least(kTile, s.pixels - first);
     float* out = args.out + mask * 16 * s.pixels;
 #pragma GCC unroll 8
     for (int i = 0; i < 2; ++i) {
       for (int k = 0; k < 2; ++k) {
         float line[4 * kTile];
-        const auto at = [&](int j, int l) { return logits + (((2 * i + j) * kParts + 2 * k + l) * masks + m) * kTile; };
         for (int px = 0; px < kTile; px += F::size) {
-          store_interleaved(line + 4 * px, load(at(0, 0) + px), load(at(0, 1) + px), load(at(1, 0) + px), load(at(1, 1) + px));
+          const auto at = [&](int j, int l) {
+            return load(logits + (((2 * i + j) * kParts + 2 * k + l) * masks + m) * kTile + px);
+          };
+          store_interleaved(line + 4 * px, at(0, 0), at(0, 1), at(1, 0), at(1, 1));
         }
         for (int px = 0; px < count;) {
           const int y = (first + px) / width, x = (first + px) % width, run = least(width - x, count - px);

@@ -55,11 +55,11 @@ inline void transpose(F (&r)[16]) {
 
 // out (4 * size) = a[0] b[0] c[0] d[0] a[1] ...
 inline void store_interleaved(float* out, F a, F b, F c, F d) {
-  const __m512d low_ab = _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v)), high_ab = _mm512_castps_pd(_mm512_unpackhi_ps(a.v, b.v));
-  const __m512d low_cd = _mm512_castps_pd(_mm512_unpacklo_ps(c.v, d.v)), high_cd = _mm512_castps_pd(_mm512_unpackhi_ps(c.v, d.v));
-  // r[i] has pixels i, 4 + i, 8 + i, 12 + i in its quarters
-  const __m512 r0 = _mm512_castpd_ps(_mm512_unpacklo_pd(low_ab, low_cd)), r1 = _mm512_castpd_ps(_mm512_unpackhi_pd(low_ab, low_cd));
-  const __m512 r2 = _mm512_castpd_ps(_mm512_unpacklo_pd(high_ab, high_cd)), r3 = _mm512_castpd_ps(_mm512_unpackhi_pd(high_ab, high_cd));
+  const __m512 ab = _mm512_unpacklo_ps(a.v, b.v), high_ab = _mm512_unpackhi_ps(a.v, b.v);
+  const __m512 cd = _mm512_unpacklo_ps(c.v, d.v), high_cd = _mm512_unpackhi_ps(c.v, d.v);
+  // r<i> has a, b, c, d of i, 4 + i, 8 + i, 12 + i in its quarters
+  const __m512 r0 = _mm512_shuffle_ps(ab, cd, 0x44), r1 = _mm512_shuffle_ps(ab, cd, 0xee);
+  const __m512 r2 = _mm512_shuffle_ps(high_ab, high_cd, 0x44), r3 = _mm512_shuffle_ps(high_ab, high_cd, 0xee);
   const __m512 even01 = _mm512_shuffle_f32x4(r0, r1, 0x88), odd01 = _mm512_shuffle_f32x4(r0, r1, 0xdd);
   const __m512 even23 = _mm512_shuffle_f32x4(r2, r3, 0x88), odd23 = _mm512_shuffle_f32x4(r2, r3, 0xdd);
   _mm512_storeu_ps(out, _mm512_shuffle_f32x4(even01, even23, 0x88));
@@ -251,7 +251,9 @@ struct BFloat16 {
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(words, _mm512_permutexvar_epi16(order, both));
   }
-  static void store_pixels(float* words, F x, F y) { _mm512_storeu_si512(words, (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v)); }
+  static void store_pixels(float* words, F x, F y) {
+    _mm512_storeu_si512(words, (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v));
+  }
   // size words of 2 * size consecutive pixels
   static F load_pixels(const float* row) {
     return {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + 16), _mm512_loadu_ps(row)))};

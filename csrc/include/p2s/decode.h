@@ -6,8 +6,8 @@
 
 namespace p2s {
 
-// What the sweeps of the mask decoder share; pro2sam_fast/ops/decode_sweeps.py has the formulas and the layouts. Words are
-// 32 bits: one float, or two bfloat16 (`pair` 2), and stand in float arrays.
+// What the sweeps of the mask decoder share; pro2sam_fast/ops/decode_sweeps.py has the formulas and the layouts. Words
+// are 32 bits: one float, or two bfloat16 (`pair` 2), and stand in float arrays.
 struct DecodeShape {
   int64_t pair;
   int64_t tiles, pixels;
