@@ -9,18 +9,18 @@ from contextlib import AbstractContextManager
 
 import torch
 from case import Case, Floor, Runs, Skip
-from peers import attempt, segment_anything
+from peers import segment_anything
 from torch import Tensor
 
 from pro2sam_fast import MaskGenerator
 from pro2sam_fast.generator import point_grid
 
 from . import Options
-from .shared import grid, in_dtype, original, sam
+from .shared import grid, in_dtype, original, sam, with_full_precision
 
 __all__ = ["cases", "decode_floor", "ours", "peers", "plain"]
 
-TESTS = ("tests/models/test_sam.py::test_tokens_before_masks", "tests/test_generator.py")
+TESTS = ("tests/ops/test_decode_sweeps.py", "tests/models/test_grid_decoder.py", "tests/test_generator.py")
 POINTS = (64, 256, 1024, 4096)
 DEFAULT_POINTS = {"cpu": (64,), "cuda": (64, 1024)}
 # The peers' cost is proportional to the number of points; on a CPU it is seconds for 64.
@@ -83,8 +83,8 @@ def _build(options: Options, points: int, share: float) -> Runs:
 
 def ours(options: Options, model, embedding: Tensor, coords: Tensor, threshold: float) -> Callable[[], object]:
     """Our decoder, as MaskGenerator runs it, its masks dropped as they come."""
-    decoder = MaskGenerator(model, pred_iou_thresh=threshold, dtype=options.dtype)._decoder
-    return _drained(torch.no_grad, lambda: decoder(embedding, coords))
+    generator = MaskGenerator(model, pred_iou_thresh=threshold, dtype=options.dtype)
+    return _drained(torch.no_grad, lambda: generator._batches(embedding, coords, coords))
 
 
 def peers(options: Options, name: str, embedding: Tensor, coords: Tensor) -> dict[str, Callable[[], object] | Skip]:
@@ -94,16 +94,14 @@ def peers(options: Options, name: str, embedding: Tensor, coords: Tensor) -> dic
         reason = f"takes long; its cost is proportional to the points, see G={most}"
         return {"segment_anything": Skip(reason), "torch modules": Skip(reason)}
 
-    reduced = functools.partial(in_dtype, options)
-
-    def theirs():
+    def theirs(options: Options):
         model = original(name, options.device)
-        return _drained(reduced, lambda: segment_anything.decode(model, embedding, coords))
+        return _drained(lambda: in_dtype(options), lambda: segment_anything.decode(model, embedding, coords))
 
     model = sam(name, options.device)
     return {
-        "segment_anything": attempt(theirs),
-        "torch modules": _drained(reduced, lambda: plain(model, embedding, coords)),
+        **with_full_precision(options, "segment_anything", theirs),
+        "torch modules": _drained(lambda: in_dtype(options), lambda: plain(model, embedding, coords)),
     }
 
 

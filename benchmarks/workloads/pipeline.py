@@ -67,6 +67,8 @@ def mask_peers(name: str, options: Options) -> dict[str, Callable[[np.ndarray], 
     for package in (segment_anything, segment_anything_fast, transformers_masks):
         call = attempt(functools.partial(package.generator, name, options.device, **generator_options(name)))
         peers[package.__name__.removeprefix("peers.")] = getattr(call, "generate", call)
+    if options.dtype != "float32":  # what its users run
+        peers["segment_anything in float32"] = peers["segment_anything"]
     return peers
 
 
@@ -79,7 +81,7 @@ def _masks(options: Options, name: str, batch: int, resized: bool) -> Runs:
         facts["masks ours"] = sum(map(len, galleries))
 
     def peer(name: str, call: Callable[[np.ndarray], object]) -> None:
-        with shared.in_dtype(options):
+        with _peer_dtype(options, name):
             facts[f"masks {name}"] = sum(len(call(read_image(file))) for file in files)
 
     peers = _one_by_one(batch, mask_peers(name, options), peer)
@@ -97,7 +99,7 @@ def _localize(options: Options, name: str, batch: int, resized: bool) -> Runs:
 
     def peer(name: str, call: Callable[[np.ndarray], object]) -> None:
         theirs.generator = _Galleries(call)
-        with shared.in_dtype(options):
+        with _peer_dtype(options, name):
             theirs(files, batch_size=batch)
 
     peers = {f"{peer} for the masks": call for peer, call in mask_peers(name, options).items()}
@@ -107,6 +109,10 @@ def _localize(options: Options, name: str, batch: int, resized: bool) -> Runs:
         units=("photos", batch),
         stages=lambda: stage_times(ours, files, batch)[1],
     )
+
+
+def _peer_dtype(options: Options, name: str) -> torch.autocast:
+    return torch.autocast(options.device.type, enabled=False) if "float32" in name else shared.in_dtype(options)
 
 
 def _one_by_one(batch: int, peers: dict, call: Callable[[str, Callable], None]) -> dict[str, Callable | Skip]:

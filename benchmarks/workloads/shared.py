@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from case import Skip
+from peers import attempt
 from PIL import Image
 from rows import ROOT
 
@@ -28,6 +31,7 @@ __all__ = [
     "photo",
     "photo_files",
     "sam",
+    "with_full_precision",
 ]
 
 
@@ -65,6 +69,17 @@ def original(name: str, device: torch.device):
 def in_dtype(options: Options) -> torch.autocast:
     """Networks inside the block compute in the dtype asked for, ours and the peers' alike."""
     return torch.autocast(options.device.type, options.torch_dtype, enabled=options.dtype != "float32")
+
+
+def with_full_precision(
+    options: Options, name: str, build: Callable[[Options], Callable]
+) -> dict[str, Callable | Skip]:
+    """A peer in the dtype asked for and, where that is a reduced one, also in float32, which is what its users run."""
+    peers = {name: attempt(functools.partial(build, options))}
+    if options.dtype != "float32":
+        full = dataclasses.replace(options, dtype="float32")
+        peers[f"{name} in float32"] = attempt(functools.partial(build, full))
+    return peers
 
 
 def grid(points: int) -> int:

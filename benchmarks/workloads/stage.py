@@ -22,12 +22,12 @@ from pro2sam_fast.predictor import encode_image
 from . import Options, decoding
 from .nms import torchvision_nms
 from .postprocess import frame_of, measure_peer, postprocess_floor
-from .shared import in_dtype, original, photo, sam
+from .shared import in_dtype, original, photo, sam, with_full_precision
 
 __all__ = ["cases"]
 
-SAM_TESTS = ("tests/models/test_sam.py::test_image_embedding",)
-GENERATOR_TESTS = ("tests/test_generator.py",)
+SAM_TESTS = ("tests/models/test_sam.py::test_image_embedding", "tests/models/test_image_encoder_cpu.py")
+GENERATOR_TESTS = ("tests/test_generator.py", "tests/ops/test_mask_measure.py", "tests/ops/test_nms.py")
 MATCHING_TESTS = ("tests/pipelines/test_matching.py", "tests/test_boxes.py")
 HEIGHT, WIDTH = 480, 640
 # TFLOP of one 1024 x 1024 image, parameters in millions
@@ -75,9 +75,9 @@ def _encoder(options: Options, name: str) -> Runs:
     size = ours.img_size
     x = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0)).to(options.device)
 
-    def call(encoder):
+    def call(encoder, wanted: Options = options):
         def run():
-            with torch.no_grad(), in_dtype(options):
+            with torch.no_grad(), in_dtype(wanted):
                 encoder(x)
 
         return run
@@ -89,7 +89,9 @@ def _encoder(options: Options, name: str) -> Runs:
         peers = {"segment_anything": Skip(reason), "transformers": Skip(reason)}
         return Runs({"auto": call(ours)}, peers, {"flops": counter.get_total_flops()}, ("photos", 1))
     peers = {
-        "segment_anything": attempt(lambda: call(original(name, options.device).image_encoder)),
+        **with_full_precision(
+            options, "segment_anything", lambda wanted: call(original(name, options.device).image_encoder, wanted)
+        ),
         "transformers": attempt(lambda: call(transformers_sam.image_encoder(ours).to(options.device))),
     }
     return Runs({"auto": call(ours)}, peers, units=("photos", 1))
