@@ -96,7 +96,8 @@ class _Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Low-resolution masks of point prompts, computed in groups of fixed size."""
+    """Low-resolution masks of point prompts: on a CPU by `GridDecoder`, where it knows the model, else by the mask
+    decoder in groups of fixed size."""
 
     sam: Sam
     dtype: torch.dtype
@@ -235,7 +236,8 @@ class MaskGenerator:
         point_grids: explicit points for each layer, (n, 2) as (x, y) in [0, 1], instead of ``points_per_side``.
         min_mask_region_area: holes and islands of fewer pixels are removed, then NMS runs again; 0 switches it off.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or the torch dtype) for encoder and decoder through
-            autocast; filters and resizing always work in float32.
+            autocast; filters and resizing always work in float32. On a CPU the decoder takes bfloat16 operands where
+            the processor multiplies them (AVX512-BF16), else float32.
 
     Raises:
         ConfigError: an argument is out of its range; the message names it.

@@ -342,14 +342,18 @@ def _check_sweep0(bases, values, image, q, pixels):
 
 def _check_sweep1(bases, values, norms, positional, image, k0, v0, q1, maps, bias, pixels, channels, eps):
     s = shapes(bases, k0) if bases.dim() == 5 and k0.dim() == 4 else None
-    others = {
-        "values": (values, s["values"]),
-        "norms": (norms, s["norms"]),
-        "positional": (positional, s["positional"]),
-        "image": (image, s["image"]),
-        "maps": (maps, (len(MAPS1), *s["map"])),
-        "bias": (bias, s["map"][:1]),
-    } if s else {}
+    others = (
+        {
+            "values": (values, s["values"]),
+            "norms": (norms, s["norms"]),
+            "positional": (positional, s["positional"]),
+            "image": (image, s["image"]),
+            "maps": (maps, (len(MAPS1), *s["map"])),
+            "bias": (bias, s["map"][:1]),
+        }
+        if s
+        else {}
+    )
     check_decode("decode_sweep1", bases, {"k0": k0, "v0": v0, "q1": q1}, pixels, **others)
 
 
@@ -357,15 +361,19 @@ def _check_sweep2(
     bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, maps, vectors, beta_norm, pixels, channels, eps
 ):
     s = shapes(bases, k0) if bases.dim() == 5 and k0.dim() == 4 else None
-    others = {
-        "values": (values, s["values"]),
-        "norms": (norms, s["norms"]),
-        "positional": (positional, s["positional"]),
-        "image": (image, s["image"]),
-        "r1": (r1, s["r"]),
-        "maps": (maps, (len(MAPS2), *s["map"])),
-        "vectors": (vectors, (len(VECTORS2), s["map"][0])),
-    } if s else {}
+    others = (
+        {
+            "values": (values, s["values"]),
+            "norms": (norms, s["norms"]),
+            "positional": (positional, s["positional"]),
+            "image": (image, s["image"]),
+            "r1": (r1, s["r"]),
+            "maps": (maps, (len(MAPS2), *s["map"])),
+            "vectors": (vectors, (len(VECTORS2), s["map"][0])),
+        }
+        if s
+        else {}
+    )
     check_decode("decode_sweep2", bases, {"k0": k0, "v0": v0, "k1": k1, "v1": v1, "qf": qf}, pixels, **others)
 
 
