@@ -53,13 +53,19 @@ def draw_gallery(image: np.ndarray, masks, *, opacity: float = 0.5) -> Image.Ima
     the place of its upper left corner. opacity: of the fill, 0..1.
     """
     height, width = image.shape[:2]
-    patches = [(int(x), int(y), np.asarray(patch, bool)) for x, y, patch in masks]
-    patches.sort(key=lambda patch: -int(patch[2].sum()))
     index = np.zeros((height, width), np.int32)
-    for number, (x, y, patch) in enumerate(patches, 1):
-        region = index[y : y + patch.shape[0], x : x + patch.shape[1]]
-        region[patch] = number
-    fill = np.asarray(_palette(len(patches)), np.uint8)[index]
+    least = np.full((height, width), height * width, np.int64)  # pixels of the mask on top
+    sizes = []
+    for number, (x, y, patch) in enumerate(masks, 1):
+        patch = np.asarray(patch, bool)
+        sizes.append(int(patch.sum()))
+        at = np.s_[int(y) : int(y) + patch.shape[0], int(x) : int(x) + patch.shape[1]]
+        top = patch & (least[at] >= sizes[-1])
+        index[at][top], least[at][top] = number, sizes[-1]
+    rank = np.zeros(len(sizes) + 1, np.int32)
+    rank[1 + np.argsort([-size for size in sizes], kind="stable")] = np.arange(1, len(rank))
+    index = rank[index]
+    fill = np.asarray(_palette(len(sizes)), np.uint8)[index]
     grey = np.asarray(Image.fromarray(np.ascontiguousarray(image)).convert("L").convert("RGB"))
     painted = np.where((index > 0)[:, :, None], _mix(grey, fill, opacity), grey)
     edges = np.zeros((height, width), bool)

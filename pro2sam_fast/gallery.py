@@ -92,6 +92,8 @@ class MaskGallery:
         size = galleries[0].size
         if any(g.size != size for g in galleries):
             raise ConfigError(f"galleries of different image sizes can't be joined: {[g.size for g in galleries]}.")
+        if len(galleries) == 1:
+            return galleries[0]
         names = [field.name for field in fields(cls)[1:]]
         return cls(size, *(torch.cat([getattr(g, name) for g in galleries]) for name in names))
 

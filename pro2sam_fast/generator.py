@@ -15,9 +15,12 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .gallery import MaskGallery
+from .memory import in_chunks, joined
 from .models.sam import DecodedTokens, GridDecoder, Sam
+from .models.sam.grid_decoder import DecodedGrid, ImageBases
 from .ops import mask_pack, pack_masks, unpack_masks
 from .ops.decode_sweeps import fast_operands
+from .ops.packing import words_per_row
 from .postprocess import Frame, boxes_of_masks, measure_masks, nms, remove_small_regions
 from .predictor import encode_image
 from .transforms import ResizeLongestSide, check_rgb
@@ -140,13 +143,23 @@ class _Decoder:
         for start in range(0, len(coords), _PROMPTS_PER_GRID):
             index = torch.arange(start, min(start + _PROMPTS_PER_GRID, len(coords)))
             sparse, _ = self._sparse(coords[_filled(index, _PROMPTS_PER_GRID)])
-            decoded = self._grid.tokens(bases, sparse[: len(index)])
+            decoded = self._grid_tokens(bases, sparse[: len(index)])
             keep = self._wanted(decoded.iou)
             keep[:, 0] = False
             for part in keep.any(dim=1).nonzero().squeeze(1).split(points_per_batch):
                 chosen, wanted = decoded.select(part), keep[part]
                 prompts = index[part].repeat_interleave(wanted.sum(dim=1))
-                yield prompts, self._grid.upscale(bases, chosen, wanted), chosen.iou[wanted], len(part)
+                yield prompts, self._grid_masks(bases, chosen, wanted), chosen.iou[wanted], len(part)
+
+    def _grid_tokens(self, bases: ImageBases, sparse: Tensor) -> DecodedGrid:
+        parts = in_chunks(lambda a, b: self._grid.tokens(bases, sparse[a:b]), len(sparse), len(sparse))
+        return DecodedGrid(*map(joined, zip(*parts, strict=True)))
+
+    def _grid_masks(self, bases: ImageBases, decoded: DecodedGrid, wanted: Tensor) -> Tensor:
+        def upscale(start: int, stop: int) -> Tensor:
+            return self._grid.upscale(bases, decoded.select(slice(start, stop)), wanted[start:stop])
+
+        return joined(in_chunks(upscale, len(wanted), len(wanted)))
 
     def _decode_groups(self, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Groups of surviving prompts: their indices (n,), logits (n, 3, 4e, 4e), IoU (n, 3). A prompt survives if one
@@ -183,20 +196,42 @@ class _Decoder:
 
     def _decode(self, embedding: Tensor, image_pe: Tensor, coords: Tensor) -> DecodedTokens:
         sparse, dense = self._sparse(coords)
-        with self._autocast():
+
+        def decode(start: int, stop: int) -> DecodedTokens:
             # one dense embedding for all prompts: no mask input
-            return self.sam.mask_decoder.decode_tokens(embedding, image_pe, sparse, dense[:1])
+            return self.sam.mask_decoder.decode_tokens(embedding, image_pe, sparse[start:stop], dense[:1])
+
+        with self._autocast():
+            parts = in_chunks(decode, len(sparse), len(sparse))
+        *columns, sizes = zip(*parts, strict=True)
+        return DecodedTokens(*map(joined, columns), sizes[0])
 
     def _upscale(
         self, group: tuple[Tensor, ...], group_size: int, embedding_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         index, iou, tokens, image = group
         fill = _filled(torch.arange(len(index), device=index.device), group_size)
+
+        def upscale(start: int, stop: int) -> Tensor:
+            part = fill[start:stop]
+            decoded = DecodedTokens(tokens[part], image[part], iou[part], embedding_size)
+            return self.sam.mask_decoder.upscale(decoded, slice(1, None))
+
         with self._autocast():
-            low_res = self.sam.mask_decoder.upscale(
-                DecodedTokens(tokens[fill], image[fill], iou[fill], embedding_size), slice(1, None)
-            )
+            low_res = joined(in_chunks(upscale, group_size, group_size))
         return index, low_res[: len(index)].float(), iou
+
+
+def _take(parts: list[Tensor], index: list[int]) -> list[Tensor]:
+    """The entries at ``index`` of tensors joined along their first dimension. Each tensor is let go, out of ``parts``,
+    as soon as what is wanted of it is copied."""
+    wanted, taken, first = set(index), {}, 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        taken.update({first + i: entry.clone() for i, entry in enumerate(part) if first + i in wanted})
+        first += len(part)
+    return [taken[i] for i in index]
 
 
 def _filled(index: Tensor, size: int) -> Tensor:
@@ -219,7 +254,9 @@ class MaskGenerator:
     the candidates however many they are, and the resizing does not depend on the number of threads.
 
     Memory: decoded masks are filtered by predicted IoU before they are upscaled; logits of the stable ones are kept
-    at low resolution, ``(4e)**2 * 4`` bytes each, and only the masks that survive NMS are written, bit-packed.
+    at low resolution, ``(4e)**2 * 4`` bytes each, and only the masks that survive NMS are written, bit-packed. A step
+    that doesn't fit the memory goes on in halves; results stay the same, but for the rounding of logits
+    where prompts are decoded in groups of fixed size (not by `GridDecoder`).
 
     Args:
         sam: the model, put in evaluation mode; parameters in float32.
@@ -357,8 +394,8 @@ class MaskGenerator:
         keep = nms(boxes, iou, self.box_nms_thresh)
         if not len(keep):
             return MaskGallery.empty(frame.image_size, device)
-        low_res = [mask for part in low_res for mask in part]
-        low_res = [low_res[i] for i in keep.tolist()]
+        del measured
+        low_res = _take(list(low_res), keep.tolist())
         return self._write(_Measured(low_res, *(x[keep] for x in (iou, points, stability, boxes, areas))), frame)
 
     def _batches(self, embedding: Tensor, points: Tensor, coords: Tensor) -> Iterator[_Candidates]:
@@ -377,16 +414,24 @@ class MaskGenerator:
             yield _joined(parts)
 
     def _measure(self, batch: _Candidates, frame: Frame) -> _Measured:
-        index, *measures = measure_masks(
-            batch.low_res, frame, self.sam.mask_threshold, self.stability_score_offset, self.stability_score_thresh
-        )
-        return _Measured(*(x[index] for x in batch), *measures)
+        cuts = self.sam.mask_threshold, self.stability_score_offset, self.stability_score_thresh
+
+        def measure(start: int, stop: int) -> _Measured:
+            part = _Candidates(*(x[start:stop] for x in batch))
+            index, *measures = measure_masks(part.low_res, frame, *cuts)
+            return _Measured(*(x[index] for x in part), *measures)
+
+        parts = in_chunks(measure, len(batch.iou), len(batch.iou)) or [measure(0, 0)]
+        return _Measured(*map(joined, zip(*parts, strict=True)))
 
     def _write(self, found: _Measured, frame: Frame) -> MaskGallery:
         x0, y0, x1, y1 = frame.crop_box
-        masks = [
-            mask_pack(
-                torch.stack(found.low_res[start : start + _MASKS_PER_WRITE]),
+        h, w = frame.image_size
+        masks = found.boxes.new_empty((len(found.low_res), h, words_per_row(w)))
+
+        def write(start: int, stop: int) -> None:
+            masks[start:stop] = mask_pack(
+                torch.stack(found.low_res[start:stop]),
                 frame.img_size,
                 frame.input_size,
                 frame.crop_size,
@@ -394,11 +439,11 @@ class MaskGenerator:
                 frame.image_size,
                 (y0, x0),
             )
-            for start in range(0, len(found.low_res), _MASKS_PER_WRITE)
-        ]
+
+        in_chunks(write, len(masks), _MASKS_PER_WRITE)
         return MaskGallery(
             size=frame.image_size,
-            masks=torch.cat(masks),
+            masks=masks,
             boxes=found.boxes + found.boxes.new_tensor([x0, y0, x0, y0]),
             areas=found.areas,
             predicted_iou=found.iou,
@@ -419,7 +464,7 @@ class MaskGenerator:
 
     def _clean(self, gallery: MaskGallery) -> MaskGallery:
         """Removes small regions; masks that had any give way to equal ones that had none."""
-        masks, boxes, areas = gallery.masks.clone(), gallery.boxes.clone(), gallery.areas.clone()
+        masks, boxes, areas = gallery.masks, gallery.boxes, gallery.areas  # the gallery is ours to change
         changed = torch.zeros(len(gallery), dtype=torch.bool, device=gallery.device)
         for i in range(len(gallery)):
             mask = unpack_masks(gallery.masks[i], gallery.size[1]).cpu().numpy()

@@ -200,6 +200,22 @@ def test_batches_shrink_where_memory_ends(monkeypatch):
         localizer([toy.painted()] * 6, batch_size=2)
 
 
+@pytest.mark.parametrize("batch_size", ["auto", 3])
+def test_a_photo_that_does_not_fit_the_memory_does_not_take_its_batch_along(monkeypatch, batch_size):
+    localizer = toy.toy_localizer()
+
+    def scarce(images, whole=localizer.localize_batch):
+        if sum(image.size for image in images) > 3 * 60 * 90:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return whole(images)
+
+    monkeypatch.setattr(localizer, "localize_batch", scarce)
+    photos = [toy.painted(), toy.painted(61, 90), toy.painted()]
+    results = localizer(photos, on_error="skip", batch_size=batch_size)
+    assert [result.error is None for result in results] == [True, False, True]
+    assert "memory" in results[1].error and results[1].orig_shape == (61, 90)
+
+
 def test_a_photo_that_cannot_be_matched_does_not_take_its_batch_along():
     localizer = toy.toy_localizer(matching={"on_empty": "raise"})
     dark = np.zeros((20, 20, 3), np.uint8)

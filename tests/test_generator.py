@@ -372,6 +372,79 @@ def test_independent_of_the_number_of_threads():
     assert same(*found)
 
 
+def test_real_modules_independent_of_the_number_of_threads(small_sam):
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(MaskGenerator(small_sam, points_per_side=9, **SMALL).generate(IMAGES[0])[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found[0]) > 100 and all(same(found[0], other) for other in found[1:])
+
+
+OUT_OF_MEMORY = {
+    "allocator": lambda: torch.empty(1 << 60, dtype=torch.uint8),
+    "device": lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
+    "python": lambda: np.empty(1 << 60, np.uint8),
+}
+
+
+def scarce(function, most, size, error):
+    """`function` where there is memory for `most` items; `size` counts them in its arguments."""
+    halved = []
+
+    def call(*args, **kwargs):
+        if size(*args, **kwargs) > most:
+            halved.append(True)
+            OUT_OF_MEMORY[error]()
+        return function(*args, **kwargs)
+
+    return call, halved
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize("most", [1, 3])
+def test_goes_on_in_halves_where_memory_ends(monkeypatch, error, most):
+    image, options = photo(71, 96), {**LOOSE, "min_mask_region_area": 30}
+    expected = MaskGenerator(blob_sam(), **options).generate(image)[0]
+    sam = blob_sam()
+    places = (
+        (sam.mask_decoder, "decode_tokens", lambda image, pe, sparse, dense: len(sparse)),
+        (sam.mask_decoder, "upscale", lambda decoded, masks: len(decoded.iou)),
+        ("pro2sam_fast.postprocess", "mask_measure", lambda low_res, *_: len(low_res)),
+        ("pro2sam_fast.generator", "mask_pack", lambda low_res, *_: len(low_res)),
+    )
+    all_halved = []
+    for place, name, size in places:
+        owner = importlib.import_module(place) if isinstance(place, str) else place
+        limited, halved = scarce(getattr(owner, name), most, size, error)
+        monkeypatch.setattr(owner, name, limited)
+        all_halved.append(halved)
+    assert same(expected, MaskGenerator(sam, **options).generate(image)[0])
+    assert all(all_halved)
+
+
+def test_grids_go_on_in_halves_where_memory_ends(small_sam, monkeypatch):
+    expected = MaskGenerator(small_sam, points_per_side=6, **SMALL).generate(IMAGES[0])[0]
+    all_halved = []
+    for name, size in (("tokens", lambda _, bases, sparse: len(sparse)), ("upscale", lambda *args: len(args[-1]))):
+        limited, halved = scarce(getattr(GridDecoder, name), 3, size, "allocator")
+        monkeypatch.setattr(GridDecoder, name, limited)
+        all_halved.append(halved)
+    generator = MaskGenerator(small_sam, points_per_side=6, **SMALL)
+    assert same(expected, generator.generate(IMAGES[0])[0])
+    assert all(all_halved) or generator._decoder._grid is None
+
+
+def test_a_single_mask_that_does_not_fit_is_an_error(monkeypatch):
+    limited, _ = scarce(mask_pack, 0, lambda low_res, *_: len(low_res), "allocator")
+    monkeypatch.setattr("pro2sam_fast.generator.mask_pack", limited)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        MaskGenerator(blob_sam(), **LOOSE).generate(photo(71, 96))
+
+
 def test_chunks_of_full_resolution_logits_do_not_matter(monkeypatch):
     generator = MaskGenerator(blob_sam(), **LOOSE, crop_n_layers=1)
     image = photo(71, 96)

@@ -63,6 +63,7 @@ def run(arguments: Namespace) -> int:
 
     from ..api import load_sam
     from ..generator import MaskGenerator
+    from ..memory import is_out_of_memory
     from ..pipelines.pro2sam import resolve_device
 
     sam, defaults = load_sam(model["sam"], model["sam_checkpoint"])
@@ -82,11 +83,13 @@ def run(arguments: Namespace) -> int:
                 image = source.read(limit)
                 read = time.perf_counter()
                 (gallery,) = generator.generate([image])
-            except Pro2SamError as error:
-                if arguments.on_error == "raise":
+            except (Pro2SamError, MemoryError, RuntimeError) as error:
+                short = is_out_of_memory(error)
+                if arguments.on_error == "raise" or not (short or isinstance(error, Pro2SamError)):
                     raise
-                writer.write_error(source, str(error))
-                progress.advance(str(error))
+                reason = "the photo doesn't fit the memory" if short else str(error)
+                writer.write_error(source, reason)
+                progress.advance(reason)
                 continue
             done = time.perf_counter()
             speed = {"read": read - started, "gallery": done - read, "total": done - started}

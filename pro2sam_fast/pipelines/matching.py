@@ -16,8 +16,10 @@ from torch import Tensor
 from ..boxes import Box, iou_exact, largest_component, largest_component_box, map_foreground, otsu_union, tight_box
 from ..errors import ConfigError, Pro2SamError
 from ..gallery import MaskGallery
+from ..memory import items_per_chunk
 from ..ops import mask_match, pack_masks, unpack_masks
 from ..ops.mask_measure import boxes_of_packed
+from ..rle import packed_to_dense
 
 __all__ = ["MatchResult", "NoMaskError", "fills_frame", "grid_masks", "match"]
 
@@ -156,6 +158,15 @@ def fills_frame(masks: Tensor, width: int, min_region: int = 10) -> np.ndarray:
     Returns:
         bool (K,) on the CPU.
     """
+    return np.concatenate([_fills_frame(part, width, min_region) for part in _chunks(masks)])
+
+
+def _chunks(masks: Tensor) -> tuple[Tensor, ...]:
+    """Packed masks (K, H, words), a few at a time, at least once: a dozen integers per word are the work's most."""
+    return masks.split(items_per_chunk(12 * masks[:1].nbytes))
+
+
+def _fills_frame(masks: Tensor, width: int, min_region: int) -> np.ndarray:
     # The closing reaches the border from at most one pixel away, so a mask that stays two pixels away from some border
     # fills the frame only by the fallback. That is excluded by any horizontal run of min_region pixels.
     near_all = torch.stack([near.flatten(1).any(1) for near in _sides(masks, width, 2, torch.bitwise_or)]).all(0)
@@ -169,7 +180,7 @@ def fills_frame(masks: Tensor, width: int, min_region: int = 10) -> np.ndarray:
         undecided = undecided[~settled]
     if len(undecided):
         frame = (0, 0, width, masks.shape[1])
-        dense = unpack_masks(masks[undecided], width).cpu().numpy()
+        dense = (mask for i in undecided.tolist() for mask in packed_to_dense(masks[i : i + 1], width))
         filled[undecided] = filled.new_tensor([otsu_union(mask, min_region) == frame for mask in dense])
     return filled.cpu().numpy()
 
@@ -263,7 +274,7 @@ def _similarity(gallery: MaskGallery, coarse_map: Tensor, threshold: float, reso
 
 def _box_similarity(masks: Tensor, binary: Tensor) -> np.ndarray:
     """Exact IoU float32 (K,) of the extents of packed masks with that of one bool mask; 0 where one is empty."""
-    boxes = boxes_of_packed(masks, binary.shape[1]).cpu().numpy()
+    boxes = torch.cat([boxes_of_packed(part, binary.shape[1]) for part in _chunks(masks)]).cpu().numpy()
     boxes[:, 2:] += masks.flatten(1).any(1).cpu().numpy()[:, None]
     return iou_exact(boxes, tight_box(binary.cpu().numpy()) or (0, 0, 0, 0)).astype(np.float32)
 

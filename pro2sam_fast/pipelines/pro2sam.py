@@ -20,6 +20,7 @@ from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
 from ..gallery import MaskGallery
 from ..generator import MaskGenerator
 from ..io import MAX_PIXELS, Source, iter_sources
+from ..memory import is_out_of_memory
 from ..models.lite import map_and_label
 from ..results import Localization
 from .matching import MatchResult, NoMaskError, match
@@ -283,16 +284,18 @@ class Localizer:
         half = len(photos) // 2
         try:
             return self.localize_batch([photo[1] for photo in photos])
-        except torch.OutOfMemoryError:
-            if not batch.automatic or not half:
-                raise
-            torch.cuda.empty_cache()
-            batch.size = half
         except Pro2SamError as error:
             if on_error == "raise":
                 raise
-            if not half:
-                return [_failed(photos[0][0], error, photos[0][1].shape[:2])]
+            reason = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or (on_error == "raise" and not (batch.automatic and half)):
+                raise
+            reason = "the photo doesn't fit the memory"
+            torch.cuda.empty_cache()
+            batch.size = max(half, 1)
+        if not half:
+            return [_failed(photos[0][0], reason, photos[0][1].shape[:2])]
         parts = photos[:half], photos[half:]
         return [result for part in parts for result in self._robust_batch(part, on_error, batch)]
 
@@ -401,5 +404,5 @@ def _on_device(stage: Any, device: torch.device) -> Any:
     return stage.to(device) if hasattr(stage, "to") else stage
 
 
-def _failed(source: Source, error: Exception, shape: tuple[int, int] | None = None) -> Localization:
+def _failed(source: Source, error: Exception | str, shape: tuple[int, int] | None = None) -> Localization:
     return Localization(source.path, shape, error=str(error), name=source.name)
