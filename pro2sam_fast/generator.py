@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .gallery import MaskGallery
-from .models.sam import DecodedTokens, Sam
+from .models.sam import DecodedTokens, GridDecoder, Sam
 from .ops import mask_pack, pack_masks, unpack_masks
+from .ops.decode_sweeps import fast_operands
 from .postprocess import Frame, boxes_of_masks, measure_masks, nms, remove_small_regions
 from .predictor import encode_image
 from .transforms import ResizeLongestSide, check_rgb
@@ -24,12 +26,15 @@ __all__ = ["MaskGenerator", "crop_boxes", "point_grid"]
 
 # Matrix products of different sizes round differently, so prompts are decoded and masks upscaled in groups of a fixed
 # size (the last one filled up with copies): a mask does not depend on how many others are asked for with it.
+_PROMPTS_PER_GRID = 64
 _PROMPTS_PER_DECODE = {"cpu": 16}
 _PROMPTS_PER_UPSCALE = {"cpu": 8}
 _PROMPTS_PER_GROUP_ELSEWHERE = 64
 # Logits gathered at a time (4 MiB of a SAM's): a larger copy costs more than what is done with it.
 _MASKS_PER_WRITE = 16
-_AUTO_POINTS_PER_BATCH = 64
+# of a CPU the logits of so many prompts are still in the cache when they are filtered
+_AUTO_POINTS_PER_BATCH = {"cpu": 16}
+_AUTO_POINTS_PER_BATCH_ELSEWHERE = 64
 # 16 million prompts, 87 thousand crops: beyond that the grids alone fill the memory
 _MOST_POINTS_PER_SIDE = 4096
 _MOST_CROP_LAYERS = 8
@@ -73,6 +78,10 @@ class _Candidates(NamedTuple):
     points: Tensor
 
 
+def _joined(parts: list[_Candidates]) -> _Candidates:
+    return parts[0] if len(parts) == 1 else _Candidates(*map(torch.cat, zip(*parts, strict=True)))
+
+
 class _Measured(NamedTuple):
     """Candidates that passed the filters: also stability float32 (K,), boxes int64 (K, 4) in the crop's pixels, areas
     int64 (K,). Logits (K, 4e, 4e) or a list of K."""
@@ -93,9 +102,54 @@ class _Decoder:
     dtype: torch.dtype
     pred_iou_thresh: float
 
-    def __call__(self, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """embedding (1, D, e, e), coords float64 (G, 2) in the input frame -> groups of surviving prompts in order:
-        their indices (n,), logits (n, 3, 4e, 4e), IoU (n, 3). A prompt survives if one of its masks may."""
+    def __call__(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
+        """Masks that pass the filter by predicted IoU, in order, in groups of up to ``points_per_batch`` prompts (more
+        where the groups are fixed).
+
+        Args:
+            embedding: (1, D, e, e).
+            coords: float64 (G, 2) in the input frame.
+
+        Yields:
+            Indices (K,) of their prompts, logits (K, 4e, 4e), IoU (K,), and how many prompts these are.
+        """
+        if self._grid is not None and embedding.device.type == "cpu":
+            yield from self._decode_grid(embedding, coords, points_per_batch)
+            return
+        for index, low_res, iou in self._decode_groups(embedding, coords):
+            keep = self._wanted(iou)
+            prompts = index[:, None].expand_as(iou)
+            yield prompts[keep], low_res[keep], iou[keep], len(index)
+
+    @functools.cached_property
+    def _grid(self) -> GridDecoder | None:
+        operands = fast_operands(self.sam.device.type, self.dtype)
+        return GridDecoder(self.sam, operands) if operands is not None and GridDecoder.supports(self.sam) else None
+
+    def _wanted(self, iou: Tensor) -> Tensor:
+        return iou > self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else torch.ones_like(iou, dtype=torch.bool)
+
+    def _sparse(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
+        # Fourier features always in full precision
+        return self.sam.prompt_encoder(points=(coords.unsqueeze(1), labels), boxes=None, masks=None)
+
+    def _decode_grid(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
+        bases = self._grid.bases(embedding)
+        for start in range(0, len(coords), _PROMPTS_PER_GRID):
+            index = torch.arange(start, min(start + _PROMPTS_PER_GRID, len(coords)))
+            sparse, _ = self._sparse(coords[_filled(index, _PROMPTS_PER_GRID)])
+            decoded = self._grid.tokens(bases, sparse[: len(index)])
+            keep = self._wanted(decoded.iou)
+            keep[:, 0] = False
+            for part in keep.any(dim=1).nonzero().squeeze(1).split(points_per_batch):
+                chosen, wanted = decoded.select(part), keep[part]
+                prompts = index[part].repeat_interleave(wanted.sum(dim=1))
+                yield prompts, self._grid.upscale(bases, chosen, wanted), chosen.iou[wanted], len(part)
+
+    def _decode_groups(self, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Groups of surviving prompts: their indices (n,), logits (n, 3, 4e, 4e), IoU (n, 3). A prompt survives if one
+        of its masks may."""
         device = embedding.device
         decode_size = _PROMPTS_PER_DECODE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
         upscale_size = _PROMPTS_PER_UPSCALE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
@@ -106,9 +160,7 @@ class _Decoder:
             index = torch.arange(start, min(start + decode_size, len(coords)), device=device)
             decoded = self._decode(embedding, image_pe, coords[_filled(index, decode_size)])
             iou = decoded.iou[: len(index), 1:].float()
-            alive = torch.arange(len(index), device=device)
-            if self.pred_iou_thresh > 0.0:
-                alive = alive[(iou > self.pred_iou_thresh).any(dim=1)]
+            alive = self._wanted(iou).any(dim=1).nonzero().squeeze(1)
             pending.append((index[alive], iou[alive], decoded.mask_tokens[alive], decoded.image[alive]))
             waiting += len(alive)
             while waiting >= upscale_size:
@@ -129,9 +181,7 @@ class _Decoder:
         return embedding.float(), input_size
 
     def _decode(self, embedding: Tensor, image_pe: Tensor, coords: Tensor) -> DecodedTokens:
-        labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
-        # Fourier features always in full precision
-        sparse, dense = self.sam.prompt_encoder(points=(coords.unsqueeze(1), labels), boxes=None, masks=None)
+        sparse, dense = self._sparse(coords)
         with self._autocast():
             # one dense embedding for all prompts: no mask input
             return self.sam.mask_decoder.decode_tokens(embedding, image_pe, sparse, dense[:1])
@@ -218,7 +268,7 @@ class MaskGenerator:
         factor = _integer("crop_n_points_downscale_factor", crop_n_points_downscale_factor, 1)
         self.point_grids = _point_grids(points_per_side, point_grids, self.crop_n_layers, factor)
         self.points_per_batch = (
-            _AUTO_POINTS_PER_BATCH if points_per_batch == "auto" else _integer("points_per_batch", points_per_batch, 1)
+            points_per_batch if points_per_batch == "auto" else _integer("points_per_batch", points_per_batch, 1)
         )
         self.pred_iou_thresh = _real("pred_iou_thresh", pred_iou_thresh)
         self.stability_score_thresh = _real("stability_score_thresh", stability_score_thresh)
@@ -310,19 +360,19 @@ class MaskGenerator:
         return self._write(_Measured(low_res, *(x[keep] for x in (iou, points, stability, boxes, areas))), frame)
 
     def _batches(self, embedding: Tensor, points: Tensor, coords: Tensor) -> Iterator[_Candidates]:
+        size = self.points_per_batch
+        if size == "auto":
+            size = _AUTO_POINTS_PER_BATCH.get(embedding.device.type, _AUTO_POINTS_PER_BATCH_ELSEWHERE)
         parts: list[_Candidates] = []
-        prompts = 0
-        for index, low_res, iou in self._decoder(embedding, coords):
-            low_res, iou = low_res.flatten(0, 1), iou.flatten()
-            keep = iou > self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else torch.ones_like(iou, dtype=torch.bool)
-            where = points[index].repeat_interleave(low_res.shape[0] // len(index), dim=0)
-            parts.append(_Candidates(low_res[keep], iou[keep], where[keep]))
-            prompts += len(index)
-            if prompts >= self.points_per_batch:
-                yield _Candidates(*(torch.cat(column) for column in zip(*parts, strict=True)))
-                parts, prompts = [], 0
+        waiting = 0
+        for index, low_res, iou, prompts in self._decoder(embedding, coords, size):
+            parts.append(_Candidates(low_res, iou, points[index]))
+            waiting += prompts
+            if waiting >= size:
+                yield _joined(parts)
+                parts, waiting = [], 0
         if parts:
-            yield _Candidates(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            yield _joined(parts)
 
     def _measure(self, batch: _Candidates, frame: Frame) -> _Measured:
         index, *measures = measure_masks(

@@ -16,9 +16,10 @@ from torch import nn
 from pro2sam_fast.errors import ConfigError, ImageReadError
 from pro2sam_fast.gallery import MaskGallery
 from pro2sam_fast.generator import MaskGenerator, crop_boxes, point_grid
-from pro2sam_fast.models.sam import DecodedTokens, Sam
+from pro2sam_fast.models.sam import DecodedTokens, GridDecoder, MaskDecoder, Sam
 from pro2sam_fast.models.sam.build import build_vit_sam, to_segment_anything
 from pro2sam_fast.ops import mask_measure, mask_pack
+from pro2sam_fast.ops.decode_sweeps import fast_operands
 
 SIDE = 64
 GRID = 8
@@ -279,13 +280,14 @@ def test_prompts_are_judged_before_masks_are_upscaled(small_sam, monkeypatch):
     every = everything.generate(image)[0]
     threshold = float(every.predicted_iou.quantile(0.9))
     upscaled = []
-    upscale = small_sam.mask_decoder.upscale
+    decoder = GridDecoder if fast_operands("cpu", torch.float32) else MaskDecoder
+    upscale = decoder.upscale
 
-    def counted(decoded, masks):
-        upscaled.append(len(decoded.iou))
-        return upscale(decoded, masks)
+    def counted(self, *arguments):
+        upscaled.append(len(arguments[-1] if decoder is GridDecoder else arguments[0].iou))
+        return upscale(self, *arguments)
 
-    monkeypatch.setattr(small_sam.mask_decoder, "upscale", counted)
+    monkeypatch.setattr(decoder, "upscale", counted)
     some = MaskGenerator(small_sam, points_per_side=7, **{**SMALL, "pred_iou_thresh": threshold}).generate(image)[0]
     assert 0 < sum(upscaled) < 49
     kept = every.select(every.predicted_iou > threshold)

@@ -15,10 +15,11 @@ from torch import Tensor
 from pro2sam_fast.models.gated_attention import gated_attention, gated_attention_reference
 
 from . import Options
+from .shared import instruction_sets
 
 __all__ = ["cases"]
 
-TESTS = ("tests/models/test_gtformer.py",)
+TESTS = ("tests/ops/test_gated_attention.py",)
 WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # D, heads
 QUERIES = {198: 1, 201: 4}  # N: query tokens
 BATCHES = (1, 8, 32, 128, 512)
@@ -77,7 +78,7 @@ def _build(options: Options, backward: bool, batch: int, tokens: int, width: str
         return both if backward else torch.no_grad()(forward)
 
     return Runs(
-        {"auto": call(gated_attention)},
+        instruction_sets(options.device, call(gated_attention)),
         {
             "materialised": call(gated_attention_reference),
             "torch.compile of materialised": compiled(

@@ -13,10 +13,11 @@ from torch import Tensor
 from pro2sam_fast.postprocess import nms
 
 from . import Options
+from .shared import instruction_sets
 
 __all__ = ["cases", "torchvision_nms"]
 
-TESTS = ("tests/test_generator.py",)
+TESTS = ("tests/ops/test_nms.py",)
 COUNTS = (100, 1000, 3000, 10_000)
 DEFAULT = (100, 1000, 10_000)
 IOU = 0.7
@@ -43,7 +44,8 @@ def _floor(count: int, facts) -> Floor:
 def _build(options: Options, count: int) -> Runs:
     boxes, scores = (x.to(options.device) for x in _boxes(count))
     ours = functools.partial(nms, boxes, scores, IOU)
-    return Runs({"auto": ours}, {"torchvision": torchvision_nms(boxes, scores, IOU)}, {"kept": len(ours())})
+    peers = {"torchvision": torchvision_nms(boxes, scores, IOU)}
+    return Runs(instruction_sets(options.device, ours), peers, {"kept": len(ours())})
 
 
 def torchvision_nms(boxes: Tensor, scores: Tensor, threshold: float):

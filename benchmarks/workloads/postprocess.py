@@ -14,11 +14,11 @@ from pro2sam_fast.postprocess import Frame, measure_masks
 from pro2sam_fast.transforms import ResizeLongestSide
 
 from . import Options
-from .shared import original
+from .shared import instruction_sets, original
 
 __all__ = ["cases", "frame_of", "measure_peer", "postprocess_floor"]
 
-TESTS = ("tests/test_generator.py",)
+TESTS = ("tests/ops/test_mask_measure.py",)
 SIDE = 1024
 # masks, height, width
 SIZES = ((64, 480, 640), (64, 1024, 1024), (32, 1500, 2250), (16, 3000, 4000))
@@ -60,7 +60,7 @@ def _build(options: Options, count: int, frame: Frame) -> Runs:
     low_res = _logits(count, 256).to(options.device)
     ours = functools.partial(measure_masks, low_res, frame, 0.0, OFFSET, THRESHOLD)
     return Runs(
-        {"auto": ours},
+        instruction_sets(options.device, ours),
         {"segment_anything": measure_peer(options, "vit_b", low_res, frame, OFFSET, THRESHOLD)},
         {"stability_pass_rate": round(len(ours()[0]) / count, 3)},
         ("masks", count),

@@ -19,7 +19,16 @@ from pro2sam_fast.testing import backend_cases, forced_isa
 
 from . import Options
 
-__all__ = ["back_ends", "grid", "in_dtype", "original", "photo", "photo_files", "sam"]
+__all__ = [
+    "back_ends",
+    "grid",
+    "in_dtype",
+    "instruction_sets",
+    "original",
+    "photo",
+    "photo_files",
+    "sam",
+]
 
 
 def photo_files(options: Options) -> list[Path]:
@@ -75,6 +84,11 @@ def back_ends(device: torch.device, call: Callable[[str], object]) -> dict[str, 
                 _forced, case.isa, call, case.backend
             )
     return found
+
+
+def instruction_sets(device: torch.device, call: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """A call that chooses its back end itself: on the CPU once for each instruction set, elsewhere "auto"."""
+    return back_ends(device, lambda _: call()) if device.type == "cpu" else {"auto": call}
 
 
 def _forced(isa: str | None, call: Callable[[str], object], backend: str) -> object:

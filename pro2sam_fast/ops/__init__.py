@@ -1,5 +1,7 @@
 """Exact tensor operations, each with a plain reference and faster back ends; see CONTRIBUTING.md to add one."""
 
+from .decode_sweeps import decode_sweep0, decode_sweep1, decode_sweep2
+from .decode_upscale import decode_upscale
 from .gated_attention import gated_attention, query_maps
 from .mask_match import mask_iou, mask_match
 from .mask_measure import mask_measure, mask_pack
@@ -7,6 +9,10 @@ from .nms import nms
 from .packing import pack_masks, popcount, unpack_masks
 
 __all__ = [
+    "decode_sweep0",
+    "decode_sweep1",
+    "decode_sweep2",
+    "decode_upscale",
     "gated_attention",
     "mask_iou",
     "mask_match",

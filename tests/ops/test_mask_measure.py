@@ -178,11 +178,12 @@ def test_the_forced_instruction_set_is_the_one_that_runs(case, threads):
     logits, where, measures, packed = expected((480, 640))
     shape = (*logits.shape[1:], where[0], *where[1], *where[2])
     out, masks = [torch.empty_like(x) for x in measures], torch.empty_like(packed)
+    isa = case.isa.removesuffix("bf16")  # nothing here is done in bfloat16
     with forced_isa(case.isa):
         addresses = (x.data_ptr() for x in (logits, *out))
-        assert _cpu.mask_measure(*addresses, len(logits), shape, 1.0, -1.0, 0.0, threads) == case.isa
+        assert _cpu.mask_measure(*addresses, len(logits), shape, 1.0, -1.0, 0.0, threads) == isa
         addresses = (logits.data_ptr(), masks.data_ptr())
-        assert _cpu.mask_pack(*addresses, len(logits), shape, 0.0, *masks.shape[1:], 0, 0, threads) == case.isa
+        assert _cpu.mask_pack(*addresses, len(logits), shape, 0.0, *masks.shape[1:], 0, 0, threads) == isa
     assert_matches((*out, masks), (*measures, packed), "exact")
 
 

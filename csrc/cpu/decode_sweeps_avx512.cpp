@@ -1,0 +1,2 @@
+#define P2S_ISA avx512
+#include "decode_sweeps.inl"

@@ -1,0 +1,2 @@
+#define P2S_ISA scalar
+#include "decode_sweeps.inl"

@@ -1,0 +1,371 @@
+"""SAM's mask decoder for many point or box prompts on the same images, without any prompt's image in memory.
+
+:class:`~.mask_decoder.MaskDecoder` gives every prompt its own (P, D) image tensor. Here the image side of the two-way
+transformer (Kirillov et al. 2023, appendix A) is kept as what all prompts share plus an update of low rank, see
+`ops.decode_sweeps`: once per model the weights are folded together, once per image they give its bases, and a prompt
+costs three passes over the pixels with a few hundred products each. The same numbers in another order of operations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...ops.decode_sweeps import decode_sweep0, decode_sweep1, decode_sweep2
+from ...ops.decode_upscale import MAX_MASKS, decode_upscale
+from ...ops.pixel_tiles import TILE, pack_pixels, pack_values
+from .mask_decoder import MaskDecoder
+from .sam import Sam
+from .transformer import Attention, TwoWayTransformer
+
+__all__ = ["DecodedGrid", "GridDecoder", "ImageBases"]
+
+# With more tokens, plain projections of every prompt's image need less arithmetic.
+MOST_TOKENS = 17
+# Matrix products of different sizes round differently, so tokens go through the layers in groups of a fixed number of
+# prompts (the last one filled up with zeros): a mask does not depend on how many others are asked for with it.
+_PROMPTS_PER_GROUP = 64
+
+
+class ImageBases(NamedTuple):
+    """What all prompts of B images share, in the layouts of `ops.decode_sweeps`."""
+
+    bases: Tensor
+    values: Tensor
+    norms: Tensor
+
+
+class DecodedGrid(NamedTuple):
+    """What the transformer made of G prompts.
+
+    iou: float32 (G, M), predicted IoU of all mask tokens. hyper: float32 (G, M, D / 8), the masks' vectors. image:
+    int64 (G,). k0, v0, k1, v1: float32 (G, h, T, d), keys and values of image-to-token attention. r1, r2: float32
+    (G, 64 tiles), reciprocal deviations of the layer norms behind it.
+    """
+
+    iou: Tensor
+    hyper: Tensor
+    image: Tensor
+    k0: Tensor
+    v0: Tensor
+    k1: Tensor
+    v1: Tensor
+    r1: Tensor
+    r2: Tensor
+
+    def select(self, index: Tensor) -> DecodedGrid:
+        """Some of the prompts, by an index of any kind that indexes (G,)."""
+        return DecodedGrid(*(x[index] for x in self))
+
+
+class GridDecoder:
+    """Tokens and masks of prompts without mask input. Parameters are read once: later changes to ``sam`` don't count.
+
+    Args:
+        sam: a model for which :meth:`supports` holds, its decoder's parameters in float32.
+        dtype: of the operands of matrix products, float32 or bfloat16; sums and everything else are in float32. The few
+            products that make queries, keys, values and the masks' vectors stay in float32 (they are a third of the
+            tokens' work, and their rounding would be most of the error).
+
+    Raises:
+        ConfigError: the model's decoder is of another kind.
+    """
+
+    def __init__(self, sam: Sam, dtype: torch.dtype = torch.float32) -> None:
+        if not self.supports(sam):
+            raise ConfigError("GridDecoder needs SAM's own mask decoder with its two-way transformer of two layers.")
+        decoder = self.decoder = sam.mask_decoder
+        self.dtype = dtype
+        self.size = tuple(sam.prompt_encoder.image_embedding_size)
+        self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        transformer = decoder.transformer
+        self.heads = transformer.final_attn_token_to_image.num_heads
+        self.layers = [_TokenLayer(layer, dtype) for layer in transformer.layers]
+        self.final_query = _Linear(transformer.final_attn_token_to_image.q_proj)
+        self.final_out = _Linear(transformer.final_attn_token_to_image.out_proj)
+        self.iou_head = _perceptron(decoder.iou_prediction_head)
+        self.hypernetworks = [_perceptron(mlp) for mlp in decoder.output_hypernetworks_mlps]
+        with torch.no_grad():
+            self._fold(sam)
+
+    @staticmethod
+    def supports(sam: Sam) -> bool:
+        """Whether the model's decoder is of the kind, and of a size, that this one knows."""
+        decoder = sam.mask_decoder
+        if not isinstance(decoder, MaskDecoder) or not isinstance(decoder.transformer, TwoWayTransformer):
+            return False
+        layers, attention = decoder.transformer.layers, decoder.transformer.final_attn_token_to_image
+        activations = [m for m in decoder.output_upscaling if not list(m.parameters())]
+        return (
+            len(layers) == 2
+            and attention.internal_dim % 16 == 0
+            and attention.internal_dim // attention.num_heads % 2 == 0
+            and decoder.transformer_dim % 16 == 0
+            and decoder.num_mask_tokens <= MAX_MASKS
+            and all(isinstance(m, nn.GELU) and m.approximate == "none" for m in activations)
+            and all(isinstance(layer.mlp.act, nn.ReLU) for layer in layers)
+            and not decoder.iou_prediction_head.sigmoid_output
+        )
+
+    def _fold(self, sam: Sam) -> None:
+        """The constants of the model, in float64 until they are finished. Rows times matrices: x @ weight.T + bias."""
+        first, second = (_Image(layer) for layer in self.decoder.transformer.layers)
+        final = _Projections(self.decoder.transformer.final_attn_token_to_image)
+        channels = self.decoder.transformer_dim
+        eye = torch.eye(channels, dtype=torch.float64, device=sam.device)
+        centre = eye - 1 / channels
+        dense = sam.prompt_encoder.no_mask_embed.weight[0].double()
+        positions = sam.prompt_encoder.get_dense_pe()[0].flatten(1).double().T
+
+        o0, o1 = first.to_token.out @ centre, second.to_token.out @ centre
+        og = o0 * first.gamma @ centre
+        beta = (first.beta + second.to_token.out_bias) @ centre
+        deconv1, norm, _, deconv2, _ = self.decoder.output_upscaling
+        channels1 = deconv1.out_channels
+        centre1 = torch.block_diag(*[torch.eye(channels1, dtype=torch.float64, device=sam.device) - 1 / channels1] * 4)
+        convolution = deconv1.weight.double().permute(0, 2, 3, 1).flatten(1) @ centre1
+
+        # an image E (P, D) enters as x0 = E + dense, xc = (x0 + out_bias) centred, xg = (xc gamma) centred
+        xc = _Affine(centre, (dense + first.to_token.out_bias) @ centre)
+        xg = (xc * first.gamma) @ centre
+        x0 = _Affine(eye, dense)
+        read0, read1, ask0, ask1 = first.to_image, second.to_image, first.to_token, second.to_token
+        shared = {
+            "k0": x0 @ read0.k,
+            "k1": xc * first.gamma @ read1.k,
+            "b0": xc @ o0.T,
+            "q0": x0 @ ask0.q,
+            "q1": xc * first.gamma @ ask1.q,
+            "b00": xg @ og.T,
+            "b01": xg @ o1.T,
+            "kf": xg * second.gamma @ final.k,
+            "convolution": xg * second.gamma @ convolution,
+            "v0": x0 @ read0.v + read0.v_bias,
+            "v1": xc * first.gamma @ read1.v,
+            "vf": xg * second.gamma @ final.v,
+        }
+        names = list(shared)
+        bases, values = ([shared[n] for n in part] for part in (names[:9], names[9:]))
+        constant = torch.cat([x.constant for x in bases]).repeat(len(positions), 1)
+        inner = len(o0)
+        constant[:, :inner] += positions @ read0.k
+        constant[:, 3 * inner : 4 * inner] += positions @ ask0.q + ask0.q_bias
+        self.bases_weight = torch.cat([x.matrix for x in bases], dim=1).float()
+        self.bases_constant = constant.float()
+        self.values_weight = torch.cat([x.matrix for x in values], dim=1).T.float().contiguous()
+        self.values_constant = torch.cat([x.constant for x in values])[:, None].float()
+        self.centred_constant, self.gamma = xc.constant[:, None].float(), first.gamma[:, None].float()
+        self.beta = beta.float()
+        positional = [positions @ read1.k, positions @ ask1.q + first.beta @ ask1.q + ask1.q_bias, positions @ final.k]
+        self.positional = pack_pixels(torch.cat(positional, dim=1).T[None].float(), self.dtype)
+
+        scaled0, scaled1 = o0 * first.gamma, o1 * second.gamma
+        scaledg = og * second.gamma
+        self.maps1 = torch.stack([o0 @ o0.T, scaled0 @ read1.k, scaled0 @ read1.v]).float()
+        self.bias1 = (first.beta @ read1.v + read1.v_bias).float()
+        grams = [og @ og.T, og @ o1.T, o1 @ o1.T]
+        finals = [scaledg @ final.k, scaled1 @ final.k, scaledg @ final.v, scaled1 @ final.v]
+        self.maps2 = torch.stack([scaled0 @ ask1.q, *grams, *finals]).float()
+        scaled_beta = beta * second.gamma
+        self.vectors2 = torch.stack(
+            [og @ beta, o1 @ beta, scaled_beta @ final.k, scaled_beta @ final.v, second.beta @ final.v + final.v_bias]
+        ).float()
+        self.beta_norm = float(beta @ beta)
+        self.epsilons = tuple(layer.norm4.eps for layer in self.decoder.transformer.layers)
+
+        constant = second.beta @ convolution + deconv1.bias.double().repeat(4) @ centre1
+        self.upscaling = {
+            "query": self.maps2[0].contiguous(),
+            "maps": torch.stack([scaledg @ convolution, scaled1 @ convolution]).float(),
+            "vectors": torch.stack([scaled_beta @ convolution, constant]).float(),
+            "norm": torch.stack([norm.weight, norm.bias]),
+            "weight": deconv2.weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(),
+            "bias": deconv2.bias.detach(),
+        }
+        self.upscale_eps = norm.eps
+
+    @torch.no_grad()
+    def bases(self, embeddings: Tensor) -> ImageBases:
+        """What all prompts of these images share: float32 (B, D, e, e) -> bases."""
+        packed = [self._image_bases(e) for e in embeddings.flatten(2).float()]
+        return ImageBases(*(packed[0] if len(packed) == 1 else map(torch.cat, zip(*packed, strict=True))))
+
+    def _image_bases(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        # (D, P); channels are the dense dimension of what `pack_pixels` takes
+        bases = torch.addmm(self.bases_constant, embedding.T, self.bases_weight)
+        values = torch.addmm(self.values_constant, self.values_weight, embedding)
+        xc = embedding - embedding.mean(dim=0) + self.centred_constant
+        xg = xc * self.gamma
+        xg -= xg.mean(dim=0)
+        norms = torch.stack([xc.square().sum(dim=0), xg.square().sum(dim=0), self.beta @ xg])
+        return (
+            pack_pixels(bases.T[None], self.dtype),
+            pack_values(values.unflatten(0, (1, 3, self.heads, -1)), self.dtype),
+            F.pad(norms, (0, -norms.shape[-1] % TILE))[None],
+        )
+
+    @torch.no_grad()
+    def tokens(self, bases: ImageBases, sparse: Tensor, image: Tensor | None = None) -> DecodedGrid:
+        """The transformer, the IoU head and the hypernetworks for G prompts.
+
+        Args:
+            bases: of B images.
+            sparse: float32 (G, n, D) prompt tokens, the same number for all prompts, at most 12.
+            image: int64 (G,), which image a prompt belongs to; None for the first image.
+
+        Raises:
+            ConfigError: too many prompt tokens.
+        """
+        most = MOST_TOKENS - len(self.output_tokens)
+        if sparse.shape[1] > most:
+            raise ConfigError(f"prompts may have {most} tokens, got {sparse.shape[1]}.")
+        if image is None:
+            image = torch.zeros(len(sparse), dtype=torch.int64, device=sparse.device)
+        starts = range(0, max(len(sparse), 1), _PROMPTS_PER_GROUP)
+        groups = [self._tokens(bases, *(x[i : i + _PROMPTS_PER_GROUP] for x in (sparse, image))) for i in starts]
+        return groups[0] if len(groups) == 1 else DecodedGrid(*map(torch.cat, zip(*groups, strict=True)))
+
+    def _tokens(self, bases: ImageBases, sparse: Tensor, image: Tensor) -> DecodedGrid:
+        count, pixels, channels = len(sparse), self.size[0] * self.size[1], self.decoder.transformer_dim
+        eps1, eps2 = self.epsilons
+        first, second = self.layers
+        transformer = self.decoder.transformer
+
+        def split(x):  # (g, T, I) -> float32 (count, h, T, d)
+            return x[:count].float().unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
+
+        def joined(x):  # float32 (count, h, T, d) -> (g, T, I)
+            return F.pad(x.transpose(1, 2).flatten(2), (0, 0, 0, 0, 0, _PROMPTS_PER_GROUP - count))
+
+        sparse = F.pad(sparse, (0, 0, 0, 0, 0, _PROMPTS_PER_GROUP - count))
+        tok = torch.cat([self.output_tokens.expand(_PROMPTS_PER_GROUP, -1, -1), sparse], dim=1)
+        q = first.norm1(first.self_attention(tok, tok, self.heads))
+        out = decode_sweep0(bases.bases, bases.values, image, split(first.query(q + tok)), pixels)
+        q = first.finish(q, joined(out))
+        k0, v0 = split(first.key(q + tok)), split(first.value(q))
+
+        q = second.norm1(q + second.self_attention(q + tok, q, self.heads))
+        q1 = split(second.query(q + tok))
+        shared = (*bases, self.positional, image)
+        out, r1 = decode_sweep1(*shared, k0, v0, q1, self.maps1, self.bias1, pixels, channels, eps1)
+        q = second.finish(q, joined(out))
+        k1, v1 = split(second.key(q + tok)), split(second.value(q))
+
+        qf = split(self.final_query(q + tok))
+        constants = (self.maps2, self.vectors2, self.beta_norm, pixels, channels, eps2)
+        out, r2 = decode_sweep2(*shared, r1, k0, v0, k1, v1, qf, *constants)
+        q = transformer.norm_final_attn(q + self.final_out(joined(out)))
+
+        iou = self.iou_head(q[:, 0])[:count].float()
+        hyper = torch.stack([mlp(q[:, 1 + i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)[:count].float()
+        return DecodedGrid(iou, hyper, image, k0, v0, k1, v1, r1, r2)
+
+    @torch.no_grad()
+    def upscale(self, bases: ImageBases, decoded: DecodedGrid, masks: Tensor) -> Tensor:
+        """Low-resolution logits of the wanted masks, prompt by prompt.
+
+        Args:
+            bases: the images' that were given to :meth:`tokens`.
+            decoded: G prompts.
+            masks: bool (G, M), which masks of a prompt are wanted.
+
+        Returns:
+            float32 (K, 4e, 4e), K the number of wanted masks.
+        """
+        wanted = masks.any(dim=1)
+        decoded, masks = decoded.select(wanted), masks[wanted]
+        first = F.pad(masks.sum(dim=1).cumsum(dim=0), (1, 0))
+        own = (decoded.r1, decoded.r2, decoded.k0, decoded.v0, decoded.k1, decoded.v1, decoded.hyper[masks], first)
+        constants = (*self.upscaling.values(), *self.size, self.upscale_eps)
+        return decode_upscale(bases.bases, self.positional, decoded.image, *own, *constants)
+
+
+class _Affine(NamedTuple):
+    """x -> x @ matrix + constant, and what follows it."""
+
+    matrix: Tensor
+    constant: Tensor
+
+    def __matmul__(self, other: Tensor) -> _Affine:
+        return _Affine(self.matrix @ other, self.constant @ other)
+
+    def __mul__(self, scale: Tensor) -> _Affine:
+        return _Affine(self.matrix * scale, self.constant * scale)
+
+    def __add__(self, constant: Tensor) -> _Affine:
+        return _Affine(self.matrix, self.constant + constant)
+
+
+class _Projections:
+    """Weights of an attention in float64, (in, out)."""
+
+    def __init__(self, attention: Attention) -> None:
+        self.q, self.k, self.v, self.out = (
+            layer.weight.double().T
+            for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+        )
+        self.q_bias, self.v_bias = attention.q_proj.bias.double(), attention.v_proj.bias.double()
+        self.out_bias = attention.out_proj.bias.double()
+
+
+class _Image:
+    """The image side of one layer of the two-way transformer, in float64."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.to_image = _Projections(layer.cross_attn_token_to_image)
+        self.to_token = _Projections(layer.cross_attn_image_to_token)
+        self.gamma, self.beta = layer.norm4.weight.double(), layer.norm4.bias.double()
+
+
+class _Linear:
+    """Linear layers on the same input, side by side, with operands and results in ``dtype``."""
+
+    def __init__(self, *layers: nn.Linear, dtype: torch.dtype = torch.float32) -> None:
+        self.weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
+        self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def _perceptron(mlp: nn.Module):
+    *hidden, last = (_Linear(layer) for layer in mlp.layers)
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in hidden:
+            x = F.relu(layer(x))
+        return last(x)
+
+    return forward
+
+
+class _TokenLayer:
+    """The token side of one layer of the two-way transformer."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        own, read, ask = layer.self_attn, layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+        self.norm1, self.norm2, self.norm3 = layer.norm1, layer.norm2, layer.norm3
+        self.own_query_key = _Linear(own.q_proj, own.k_proj)
+        self.own_value = _Linear(own.v_proj)
+        self.own_out = _Linear(own.out_proj)
+        self.query, self.out = _Linear(read.q_proj), _Linear(read.out_proj)
+        self.key, self.value = _Linear(ask.k_proj), _Linear(ask.v_proj)
+        self.mlp1, self.mlp2 = _Linear(layer.mlp.lin1, dtype=dtype), _Linear(layer.mlp.lin2, dtype=dtype)
+
+    def self_attention(self, qk: Tensor, v: Tensor, heads: int) -> Tensor:
+        """Attention among the tokens of each prompt: (g, T, D) with and without positions -> (g, T, D)."""
+        q, k, v = (
+            x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+            for x in (*self.own_query_key(qk).chunk(2, dim=-1), self.own_value(v))
+        )
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return self.own_out((weights @ v).transpose(1, 2).flatten(2))
+
+    def finish(self, q: Tensor, attended: Tensor) -> Tensor:
+        """What comes behind token-to-image attention: output projection, norm, MLP, norm."""
+        q = self.norm2(q + self.out(attended))
+        return self.norm3(q + self.mlp2(F.relu(self.mlp1(q))))
