@@ -35,6 +35,7 @@ KINDS = {
     "training": "Training",
     "scaling": "Scaling",
 }
+UNTIMED = ("accuracy", "exactness")
 INTRODUCTION = """# Benchmark report
 
 Made by `python benchmarks/report.py` from the rows in [`results`](results); a test fails when they differ. Each line
@@ -49,6 +50,17 @@ command, which the [appendix](#commands) repeats.
 * **peak**: bytes that one call needed on top of what was there before.
 * **commit**: `+` marks a checkout with changes that aren't in that commit. **machine**: see [machines](#machines).
 """
+EXACTNESS = """The same weights, photos and options on both sides. The lines of `segment_anything` against itself say
+how far rounding alone moves masks.
+
+* **masks**: of all galleries; *there*: of the side that is named second. **other_count**: photos with another number
+  of masks.
+* **twins**: percent of the masks with a mask of IoU ≥ 0.999 (float32) or ≥ 0.95 (bfloat16) on the other side;
+  **twinless**: the number of the rest. **iou_min**, **iou_mean**: IoU of every mask with its most similar one.
+* **same_order**: percent of neighbours whose twins stand in the same order. **rating_gap**, **iou_gap**: largest
+  difference of predicted IoU.
+* **logits_rms**: root mean square of the error relative to that of the logits, and for the photo where it is largest.
+* **within_2_px**: percent of the photos whose box moves by at most 2 pixels."""
 # Lines of the README: label, kind, what, case.
 SPEED = (
     ("photo to box, mask and label", "pipeline", "localize", "lite batch=1 480x640 JPEG"),
@@ -100,10 +112,10 @@ def differences(rows: list[dict], page: Path, plots: Path, readme_file: Path | N
 
 def render(rows: list[dict]) -> str:
     """REPORT.md."""
-    quality = newest(row for row in rows if row["what"] == "accuracy")
-    timed = newest(row for row in rows if row["what"] != "accuracy")
-    shown = [row for row in timed if row["provider"] != "base"]
-    names = tables.machines(shown + quality)
+    quality, exact = (newest(row for row in rows if row["what"] == what) for what in UNTIMED)
+    timed = [row for row in rows if row["what"] not in UNTIMED]
+    shown = [row for row in newest(timed) if row["provider"] != "base"]
+    names = tables.machines(shown + quality + exact)
     parts = [INTRODUCTION, "## Machines", _machine_table(names), tables.ceilings(shown, names)]
     for kind, title in KINDS.items():
         own = [row for row in shown if row["kind"] == kind]
@@ -114,10 +126,12 @@ def render(rows: list[dict]) -> str:
             parts += [f"![{row['case']}](plots/{plot_name(row)})" for row in plotted(group)]
     parts += _section("What couldn't run", tables.skipped(shown))
     parts += _section("Accuracy of `lite`", tables.accuracy(quality, names))
-    history = waterfall.histories(row for row in rows if row["what"] != "accuracy")
+    exactness = tables.accuracy(exact, names, digits=6)
+    parts += _section("Exactness", f"{EXACTNESS}\n\n{exactness}" if exactness else "")
+    history = waterfall.histories(timed)
     parts += _section("Our own steps, commit by commit", waterfall.page(history))
     steps = [row for rows_of_case in history.values() for row in rows_of_case]
-    parts += _section("Commands", tables.commands([*quality, *shown, *steps]))
+    parts += _section("Commands", tables.commands([*quality, *exact, *shown, *steps]))
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 

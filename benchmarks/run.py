@@ -6,6 +6,7 @@
     python benchmarks/run.py pipeline masks --images photos         # on photos of your own
     python benchmarks/run.py op decode --base HEAD~3                # against another commit, in turns
     python benchmarks/run.py accuracy --data DATA                   # quality of the bundled weights
+    python benchmarks/run.py exactness                              # the same masks as segment_anything's?
 
 Before a number is reported the parity tests of what is measured must pass, and the installed package must be this
 checkout's. Ours and the peers run in turns in one process on the same inputs and weights.
@@ -24,6 +25,7 @@ import tempfile
 from pathlib import Path
 
 import accuracy
+import exactness
 import torch
 import workloads
 from case import Case, Runs, Skip
@@ -38,12 +40,13 @@ KINDS = {
     "memory": "peak memory, each call in a fresh process",
     "training": "training steps of GTFormer-S and SAT-S",
 }
+QUALITY = {"accuracy": accuracy, "exactness": exactness}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.kind == "accuracy":
-        return accuracy.run(arguments)
+    if arguments.kind in QUALITY:
+        return QUALITY[arguments.kind].run(arguments)
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     workload = workloads.Options(device=device, dtype=arguments.dtype, images=arguments.images)
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{op,stage,pipeline,scaling,memory,training}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{op,stage,pipeline,...}")
     for kind, about in KINDS.items():
         sub = kinds.add_parser(kind, help=about)
         sub.add_argument("what", nargs="*", help="names to measure; all if none is given")
@@ -94,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--source", type=Path, default=ROOT, help=argparse.SUPPRESS)
         sub.add_argument("--tested", action="store_true", help=argparse.SUPPRESS)
     accuracy.add_arguments(kinds.add_parser("accuracy", help="quality of the bundled weights on annotated photos"))
+    about = "ours against segment_anything with equal weights, bfloat16 against float32"
+    exactness.add_arguments(kinds.add_parser("exactness", help=about))
     return parser
 
 

@@ -118,15 +118,15 @@ def skipped(rows: list[dict]) -> str:
     return table(["peer", "what", "cases", "reason", "row"], lines)
 
 
-def accuracy(rows: list[dict], names: dict[str, str]) -> str:
-    """Quality of the weights."""
+def accuracy(rows: list[dict], names: dict[str, str], digits: int = 4) -> str:
+    """Rows of metrics: quality of the weights, or exactness."""
     lines = [
         [
             row["case"],
             row["model"],
             row["dtype"],
             row["photos"],
-            plain(row["metrics"]),
+            plain(row["metrics"], digits),
             names[machine(row)],
             commit(row),
             reference(row),
@@ -200,8 +200,8 @@ def size(count: float | None) -> str:
     return "" if count is None else f"{ballpark(count / 2**20)} MiB"
 
 
-def plain(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+def plain(metrics: dict[str, float], digits: int = 4) -> str:
+    return ", ".join(f"{name} {value:.{digits}g}" for name, value in metrics.items())
 
 
 def natural(text: str) -> list[tuple[int, str]]:
