@@ -185,12 +185,12 @@ class _Decoder:
             group, _ = _split(pending, waiting)
             yield self._upscale(group, upscale_size, decoded.size)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.sam.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def _autocast(self, reduced: bool = True) -> torch.autocast:
+        return torch.autocast(self.sam.device.type, self.dtype, enabled=reduced and self.dtype != torch.float32)
 
     def encode(self, image: np.ndarray, transform: ResizeLongestSide) -> tuple[Tensor, tuple[int, int]]:
         """See :func:`pro2sam_fast.predictor.encode_image`; float32."""
-        with self._autocast():
+        with self._autocast(getattr(self.sam.image_encoder, "reduced_precision", True)):
             embedding, input_size = encode_image(self.sam, image, transform)
         return embedding.float(), input_size
 
@@ -273,8 +273,8 @@ class MaskGenerator:
         point_grids: explicit points for each layer, (n, 2) as (x, y) in [0, 1], instead of ``points_per_side``.
         min_mask_region_area: holes and islands of fewer pixels are removed, then NMS runs again; 0 switches it off.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or the torch dtype) for encoder and decoder through
-            autocast; filters and resizing always work in float32. On a CPU the decoder takes bfloat16 operands where
-            the processor multiplies them (AVX512-BF16), else float32.
+            autocast; filters, resizing and the encoder of ``lite`` always work in float32. On a CPU the decoder takes
+            bfloat16 operands where the processor multiplies them (AVX512-BF16), else float32.
 
     Raises:
         ConfigError: an argument is out of its range; the message names it.

@@ -65,3 +65,14 @@ def test_masks_are_sensible(lite):
     best = masks[iou.argmax()]
     assert best[150, 250]
     assert 0.02 < best.mean() < 0.9
+
+
+def test_bfloat16_leaves_the_encoder_alone(lite):
+    sam, _, options = lite
+    image = photo("coffee")
+    full, mixed = (MaskGenerator(sam, **options, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    expected, found = (x._decoder.encode(image, x.transform)[0] for x in (full, mixed))
+    assert expected.equal(found)
+    expected, found = full.generate(image)[0], mixed.generate(image)[0]
+    assert len(found) == len(expected) > 0
+    assert np.abs(found.boxes.numpy() - expected.boxes.numpy()).max() <= 2

@@ -69,6 +69,9 @@ class LiteImageEncoder(nn.Module):
     stride 32 enters by bilinear upsampling; two global-attention blocks let the object's parts find each other.
     """
 
+    # Its features round badly: in bfloat16 a box in eight moves by more than two pixels, with the decoder alone none.
+    reduced_precision = False
+
     def __init__(
         self,
         trunk: EfficientNetLite0 | None = None,
