@@ -146,7 +146,8 @@ class _Decoder:
             decoded = self._grid_tokens(bases, sparse[: len(index)])
             keep = self._wanted(decoded.iou)
             keep[:, 0] = False
-            for part in keep.any(dim=1).nonzero().squeeze(1).split(points_per_batch):
+            alive = keep.any(dim=1).nonzero().squeeze(1)
+            for part in alive.split(points_per_batch) if len(alive) else ():  # nothing splits into one empty part
                 chosen, wanted = decoded.select(part), keep[part]
                 prompts = index[part].repeat_interleave(wanted.sum(dim=1))
                 yield prompts, self._grid_masks(bases, chosen, wanted), chosen.iou[wanted], len(part)

@@ -260,6 +260,17 @@ def small_sam():
 SMALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.5, "stability_score_offset": 0.1, "box_nms_thresh": 1.0}
 
 
+def test_groups_of_prompts_without_survivors(small_sam):
+    # 100 prompts go in groups of 64; the threshold is so high that the second group, or both, lose all of theirs
+    options = SMALL | {"points_per_side": 10, "stability_score_thresh": 0.0}
+    gallery = MaskGenerator(small_sam, **options).generate(photo(90, 120))[0]
+    second = gallery.predicted_iou[gallery.points[:, 1] > 0.65 * 90].max()
+    for thresh, left in ((float(second), True), (float(gallery.predicted_iou.max()), False)):
+        found = MaskGenerator(small_sam, **options | {"pred_iou_thresh": thresh}).generate(photo(90, 120))[0]
+        assert torch.equal(found.predicted_iou, gallery.predicted_iou[gallery.predicted_iou > thresh])
+        assert left or len(found) == 0
+
+
 def test_real_modules_against_segment_anything(small_sam):
     theirs = to_segment_anything(small_sam)
     image = photo(80, 120)
