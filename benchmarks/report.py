@@ -141,13 +141,14 @@ def readme(text: str, rows: list[dict]) -> str:
 
 
 def speed(rows: list[dict]) -> str:
-    """A few lines for the impatient: our quickest back end, against whom."""
+    """A few lines for the impatient: our quickest back end in each dtype, against whom."""
     shown = [row for row in newest(rows) if "p50" in row and row["provider"] == "ours"]
     lines = []
     for label, *wanted in SPEED:
         found = [row for row in shown if [row["kind"], row["what"], row["case"]] == wanted]
-        for device in dict.fromkeys(row["device"] for row in found):
-            best = min((row for row in found if row["device"] == device), key=lambda row: row["p50"])
+        for device, dtype in dict.fromkeys((row["device"], row["dtype"]) for row in found):
+            alike = (row for row in found if (row["device"], row["dtype"]) == (device, dtype))
+            best = min(alike, key=lambda row: row["p50"])
             against = ", ".join(f"{ballpark(ratio)}× {peer}" for peer, ratio in best.get("ratios", {}).items())
             machine = f"{device}, {best['threads']} threads" if device == best["host"]["cpu"] else device
             line = [label, best["case"], best["dtype"], f"{ballpark(best['p50'])} ms", against, machine]
