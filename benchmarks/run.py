@@ -15,6 +15,7 @@ checkout's. Ours and the peers run in turns in one process on the same inputs an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -221,16 +222,26 @@ def _against(arguments: argparse.Namespace, output: Path) -> int:
                     found[side].append(_elsewhere(arguments, file, path, source))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
-    for here, there in zip(zip(*found["ours"]), zip(*found["base"])):
+    turns = {side: _by_name(rows) for side, rows in found.items()}
+    for name in [name for name in turns["ours"] if name in turns["base"]]:
+        here, there = (turns[side][name] for side in ("ours", "base"))
         pairs = [b["p50"] / a["p50"] for a, b in zip(here, there)]
         command = {"command": here[1]["command"] + f" --base {revision}"}
-        rows = [dict(sorted(turns, key=lambda row: row["p50"])[1]) | command for turns in (here, there)]
+        rows = [dict(sorted(found, key=lambda row: row["p50"])[1]) | command for found in (here, there)]
         rows[1]["provider"] = "base"
         rows[0]["ratios"] = rows[0].get("ratios", {}) | {f"commit {revision}": round(statistics.median(pairs), 3)}
         for row in rows:
             append(output, row)
             print(_line(row), flush=True)
     return 0
+
+
+def _by_name(turns: list[list[dict]]) -> dict[tuple, list[dict]]:
+    """The rows of all turns by what was measured; a back end that only one side has is in that side's alone."""
+    found: dict[tuple, list[dict]] = {}
+    for row in itertools.chain(*turns):
+        found.setdefault((row["what"], row["case"], row["dtype"], row["back_end"]), []).append(row)
+    return found
 
 
 def _elsewhere(arguments: argparse.Namespace, file: Path, path: str | None, source: Path) -> list[dict]:
