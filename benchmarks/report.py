@@ -67,7 +67,7 @@ SPEED = (
     ("photo to all its masks", "pipeline", "masks", "lite batch=1 480x640 JPEG"),
     ("ViT-B image encoder", "stage", "encoder", "vit_b"),
     ("64 points decoded, ViT-B", "op", "decode", "G=64 half of the points survive"),
-    ("64 masks to size, filtered, packed", "op", "postprocess", "K=64 480x640"),
+    ("64 masks at the photo's size: stability, box, area", "op", "postprocess", "K=64 480x640"),
     ("gated attention", "op", "gated_attention", "fwd B=32 N=201 small"),
     ("one mask matched with 1000", "op", "mask_match", "K=1000 512x512"),
 )
