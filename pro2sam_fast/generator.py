@@ -82,7 +82,7 @@ class _Candidates(NamedTuple):
 
 
 def _joined(parts: list[_Candidates]) -> _Candidates:
-    return parts[0] if len(parts) == 1 else _Candidates(*map(torch.cat, zip(*parts, strict=True)))
+    return _Candidates(*map(joined, zip(*parts, strict=True)))
 
 
 class _Measured(NamedTuple):
