@@ -9,7 +9,7 @@
 #include "p2s/mask_match.h"
 #include "p2s/mask_measure.h"
 #include "p2s/nms.h"
-#include "status.h"
+#include "binding.h"
 
 namespace py = pybind11;
 using namespace p2s;

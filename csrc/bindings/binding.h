@@ -1,11 +1,18 @@
 #pragma once
 
+// What every file of bindings needs. One file and one `void bind_<op>(py::module_&)` for each op or family of ops, which
+// the module's own file, cpu.cpp or cuda.cpp, declares and calls.
+
+#include <pybind11/pybind11.h>
+
 #include <stdexcept>
 #include <string>
 
 #include "p2s/status.h"
 
 namespace p2s {
+
+namespace py = pybind11;
 
 // Status to exception; pybind11 turns it into a RuntimeError.
 inline void raise_unless_ok(const Status& status, const char* op) {
