@@ -13,6 +13,7 @@ from original import records, small_vit_sam
 from segment_anything.utils import amg
 from torch import nn
 
+from pro2sam_fast import memory
 from pro2sam_fast.errors import ConfigError, ImageReadError
 from pro2sam_fast.gallery import MaskGallery
 from pro2sam_fast.generator import MaskGenerator, crop_boxes, point_grid
@@ -463,7 +464,7 @@ def test_chunks_of_full_resolution_logits_do_not_matter(monkeypatch):
     for name, op in (("postprocess.mask_measure", mask_measure), ("generator.mask_pack", mask_pack)):
         monkeypatch.setattr(f"pro2sam_fast.{name}", functools.partial(op, backend="reference"))
     assert same(base, generator.generate(image)[0])
-    monkeypatch.setattr(importlib.import_module("pro2sam_fast.ops.mask_measure"), "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 1)
     assert same(base, generator.generate(image)[0])
 
 

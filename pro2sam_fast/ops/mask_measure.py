@@ -18,13 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from .. import _native
+from ..memory import items_per_chunk
 from ._backends import check_call, register
 from .packing import pack_masks, unpack_masks, words_per_row
 
 __all__ = ["mask_measure", "mask_pack", "upsample_logits"]
-
-# Floats that one chunk of full-resolution logits may hold (64 MiB); results do not depend on it.
-_CHUNK_ELEMENTS = 1 << 24
 
 # Outputs of at most so many rows and columns together go to another kernel of PyTorch's, which rounds in another order.
 _FEW_ROWS_AND_COLUMNS = 128
@@ -58,8 +56,7 @@ def upsample_logits(low_res: torch.Tensor, img_size: int, input_size: Size, orig
 
 def _chunks(low_res: torch.Tensor, img_size: int, input_size: Size, size: Size) -> Iterator[torch.Tensor]:
     """Full-resolution logits (k, H, W) of a few masks at a time, at least once."""
-    step = max(1, _CHUNK_ELEMENTS // (img_size**2 + size[0] * size[1]))
-    for part in low_res.split(step):
+    for part in low_res.split(items_per_chunk(4 * (img_size**2 + size[0] * size[1]))):
         yield upsample_logits(part, img_size, input_size, size)
 
 

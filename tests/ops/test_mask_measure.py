@@ -1,12 +1,11 @@
 import functools
-import importlib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pro2sam_fast import _cpu
+from pro2sam_fast import _cpu, memory
 from pro2sam_fast.errors import BackendError, ConfigError
 from pro2sam_fast.ops import mask_measure, mask_pack, pack_masks, unpack_masks
 from pro2sam_fast.ops.mask_measure import upsample_logits
@@ -17,7 +16,6 @@ pytestmark = pytest.mark.skipif(
     reason="without fused instructions PyTorch rounds the reference otherwise",
 )
 
-MODULE = importlib.import_module("pro2sam_fast.ops.mask_measure")
 CASES = [case for case in backend_cases() if case.problem is None and case.backend in ("auto", "cpu", "reference")]
 ISAS = [case for case in CASES if case.isa]
 
@@ -75,7 +73,7 @@ def assert_same(case, logits, where, measures, packed, threshold=0.0, offset=1.0
 @pytest.mark.parametrize("threads", [1, 2])
 def test_reference_equals_pixel_arithmetic(threads, monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(MODULE, "_CHUNK_ELEMENTS", 3 * (1024**2 + 90 * 130))
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 12 * (1024**2 + 90 * 130))
     torch.set_num_threads(threads)
     try:
         logits, where = unkind_logits(), frame((90, 130))

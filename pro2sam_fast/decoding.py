@@ -1,0 +1,163 @@
+"""Low-resolution masks of many point prompts on one photo, a group at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .memory import in_chunks, joined
+from .models.sam import DecodedTokens, GridDecoder, Sam
+from .models.sam.grid_decoder import DecodedGrid, ImageBases
+from .ops.decode_sweeps import fast_operands
+from .predictor import encode_image
+from .transforms import ResizeLongestSide
+
+__all__ = ["PointDecoder"]
+
+# Matrix products of different sizes round differently, so prompts are decoded and masks upscaled in groups of a fixed
+# size (the last one filled up with copies): a mask does not depend on how many others are asked for with it.
+_PROMPTS_PER_GRID = 64
+_PROMPTS_PER_DECODE = {"cpu": 16}
+_PROMPTS_PER_UPSCALE = {"cpu": 8}
+_PROMPTS_PER_GROUP_ELSEWHERE = 64
+
+
+@dataclass(frozen=True)
+class PointDecoder:
+    """Low-resolution masks of point prompts: on a CPU by `GridDecoder`, where it knows the model, else by the mask
+    decoder in groups of fixed size."""
+
+    sam: Sam
+    dtype: torch.dtype
+    pred_iou_thresh: float
+
+    def __call__(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
+        """Masks that pass the filter by predicted IoU, in order, in groups of up to ``points_per_batch`` prompts (more
+        where the groups are fixed).
+
+        Args:
+            embedding: (1, D, e, e).
+            coords: float64 (G, 2) in the input frame.
+
+        Yields:
+            Indices (K,) of their prompts, logits (K, 4e, 4e), IoU (K,), and how many prompts these are.
+        """
+        if self._grid is not None and embedding.device.type == "cpu":
+            yield from self._decode_grid(embedding, coords, points_per_batch)
+            return
+        for index, low_res, iou in self._decode_groups(embedding, coords):
+            keep = self._wanted(iou)
+            prompts = index[:, None].expand_as(iou)
+            yield prompts[keep], low_res[keep], iou[keep], len(index)
+
+    @functools.cached_property
+    def _grid(self) -> GridDecoder | None:
+        operands = fast_operands(self.sam.device.type, self.dtype)
+        return GridDecoder(self.sam, operands) if operands is not None and GridDecoder.supports(self.sam) else None
+
+    def _wanted(self, iou: Tensor) -> Tensor:
+        return iou > self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else torch.ones_like(iou, dtype=torch.bool)
+
+    def _sparse(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
+        # Fourier features always in full precision
+        return self.sam.prompt_encoder(points=(coords.unsqueeze(1), labels), boxes=None, masks=None)
+
+    def _decode_grid(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
+        bases = self._grid.bases(embedding)
+        for start in range(0, len(coords), _PROMPTS_PER_GRID):
+            index = torch.arange(start, min(start + _PROMPTS_PER_GRID, len(coords)))
+            sparse, _ = self._sparse(coords[_filled(index, _PROMPTS_PER_GRID)])
+            decoded = self._grid_tokens(bases, sparse[: len(index)])
+            keep = self._wanted(decoded.iou)
+            keep[:, 0] = False
+            alive = keep.any(dim=1).nonzero().squeeze(1)
+            for part in alive.split(points_per_batch) if len(alive) else ():  # nothing splits into one empty part
+                chosen, wanted = decoded.select(part), keep[part]
+                prompts = index[part].repeat_interleave(wanted.sum(dim=1))
+                yield prompts, self._grid_masks(bases, chosen, wanted), chosen.iou[wanted], len(part)
+
+    def _grid_tokens(self, bases: ImageBases, sparse: Tensor) -> DecodedGrid:
+        parts = in_chunks(lambda a, b: self._grid.tokens(bases, sparse[a:b]), len(sparse), len(sparse))
+        return DecodedGrid(*map(joined, zip(*parts, strict=True)))
+
+    def _grid_masks(self, bases: ImageBases, decoded: DecodedGrid, wanted: Tensor) -> Tensor:
+        def upscale(start: int, stop: int) -> Tensor:
+            return self._grid.upscale(bases, decoded.select(slice(start, stop)), wanted[start:stop])
+
+        return joined(in_chunks(upscale, len(wanted), len(wanted)))
+
+    def _decode_groups(self, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Groups of surviving prompts: their indices (n,), logits (n, 3, 4e, 4e), IoU (n, 3). A prompt survives if one
+        of its masks may."""
+        device = embedding.device
+        decode_size = _PROMPTS_PER_DECODE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
+        upscale_size = _PROMPTS_PER_UPSCALE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
+        image_pe = self.sam.prompt_encoder.get_dense_pe()
+        pending: list[tuple[Tensor, ...]] = []
+        waiting = 0
+        for start in range(0, len(coords), decode_size):
+            index = torch.arange(start, min(start + decode_size, len(coords)), device=device)
+            decoded = self._decode(embedding, image_pe, coords[_filled(index, decode_size)])
+            iou = decoded.iou[: len(index), 1:].float()
+            alive = self._wanted(iou).any(dim=1).nonzero().squeeze(1)
+            pending.append((index[alive], iou[alive], decoded.mask_tokens[alive], decoded.image[alive]))
+            waiting += len(alive)
+            while waiting >= upscale_size:
+                group, pending = _split(pending, upscale_size)
+                waiting -= upscale_size
+                yield self._upscale(group, upscale_size, decoded.size)
+        if waiting:
+            group, _ = _split(pending, waiting)
+            yield self._upscale(group, upscale_size, decoded.size)
+
+    def _autocast(self, reduced: bool = True) -> torch.autocast:
+        return torch.autocast(self.sam.device.type, self.dtype, enabled=reduced and self.dtype != torch.float32)
+
+    def encode(self, image: np.ndarray, transform: ResizeLongestSide) -> tuple[Tensor, tuple[int, int]]:
+        """See :func:`pro2sam_fast.predictor.encode_image`; float32."""
+        with self._autocast(getattr(self.sam.image_encoder, "reduced_precision", True)):
+            embedding, input_size = encode_image(self.sam, image, transform)
+        return embedding.float(), input_size
+
+    def _decode(self, embedding: Tensor, image_pe: Tensor, coords: Tensor) -> DecodedTokens:
+        sparse, dense = self._sparse(coords)
+
+        def decode(start: int, stop: int) -> DecodedTokens:
+            # one dense embedding for all prompts: no mask input
+            return self.sam.mask_decoder.decode_tokens(embedding, image_pe, sparse[start:stop], dense[:1])
+
+        with self._autocast():
+            parts = in_chunks(decode, len(sparse), len(sparse))
+        *columns, sizes = zip(*parts, strict=True)
+        return DecodedTokens(*map(joined, columns), sizes[0])
+
+    def _upscale(
+        self, group: tuple[Tensor, ...], group_size: int, embedding_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        index, iou, tokens, image = group
+        fill = _filled(torch.arange(len(index), device=index.device), group_size)
+
+        def upscale(start: int, stop: int) -> Tensor:
+            part = fill[start:stop]
+            decoded = DecodedTokens(tokens[part], image[part], iou[part], embedding_size)
+            return self.sam.mask_decoder.upscale(decoded, slice(1, None))
+
+        with self._autocast():
+            low_res = joined(in_chunks(upscale, group_size, group_size))
+        return index, low_res[: len(index)].float(), iou
+
+
+def _filled(index: Tensor, size: int) -> Tensor:
+    # (n,) -> (size,), the last entry repeated
+    return torch.cat([index, index[-1:].expand(size - len(index))])
+
+
+def _split(parts: list[tuple[Tensor, ...]], count: int) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+    columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return tuple(x[:count] for x in columns), [tuple(x[count:] for x in columns)]
