@@ -2,13 +2,15 @@
 
 Triton kernels are the entries of `AHEAD_OF_TIME` in the modules of `kernels`: (kernel, argument types, compile-time
 constants) and, where a launch asks for more than Triton's defaults, a dict of compile options (`num_warps`,
-`num_stages`, ...) whose key `capabilities`, default (80, 90), says which GPUs get that launch. CUDA kernels are the
-`__global__` functions of `csrc/cuda`, compiled for the targets of CMakeLists.txt.
+`num_stages`, ...) whose key `capabilities`, default (80, 90), says which GPUs get that launch. A type that ends in
+`:16`, as `i32:16`, is of an integer that 16 divides where pointers are aligned. CUDA kernels are the `__global__`
+functions of `csrc/cuda`, compiled for the targets of CMakeLists.txt.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 import shutil
@@ -68,6 +70,11 @@ class TritonEntry:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def multiplies_halves(self) -> bool:
+        """Matrix products of 16-bit numbers, which tensor cores must do."""
+        return "tl.dot" in inspect.getsource(self.kernel.fn) and bool({"*bf16", "*fp16"} & set(self.types.values()))
+
     def describe(self) -> str:
         """Distinct types of the pointers, the constants and the options, for instance `i64, fp32; BLOCK=64`."""
         pointers = dict.fromkeys(type_[1:] for type_ in self.types.values() if type_.startswith("*"))
@@ -104,7 +111,7 @@ def triton_launched() -> set[str]:
 
 
 def compile_triton(entry: TritonEntry, capability: int, aligned: bool, folder: Path) -> Resources:
-    """Compiles for sm_<capability>; `aligned` as for pointers that 16 divides, which is what torch allocates.
+    """Compiles for sm_<capability>; `aligned` as for pointers and strides that 16 divides, what torch mostly gives.
 
     folder: gets the compiler's cache and the machine code; empty, or an old result would be taken for a new one.
     """
@@ -113,12 +120,13 @@ def compile_triton(entry: TritonEntry, capability: int, aligned: bool, folder: P
     from triton.compiler import ASTSource
 
     position = {name: i for i, name in enumerate(entry.kernel.arg_names)}
-    pointers = [(position[name],) for name, type_ in entry.types.items() if aligned and type_.startswith("*")]
+    multiples = [(position[name],) for name, type_ in entry.types.items() if aligned and re.match(r"\*|.*:16$", type_)]
+    types = {name: type_.partition(":")[0] for name, type_ in entry.types.items()}
     source = ASTSource(
         entry.kernel,
-        {**entry.types, **dict.fromkeys(entry.constants, "constexpr")},
+        {**types, **dict.fromkeys(entry.constants, "constexpr")},
         constexprs={(position[name],): value for name, value in entry.constants.items()},
-        attrs={pointer: [["tt.divisibility", 16]] for pointer in pointers},
+        attrs={argument: [["tt.divisibility", 16]] for argument in multiples},
     )
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(folder / "cache")
