@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kMatchThreads) mask_match_kernel(MaskMatchArgs
   if constexpr (wide) {
     const auto* mask2 = reinterpret_cast<const ulonglong2*>(mask);
     const auto* query2 = reinterpret_cast<const ulonglong2*>(args.query);
+#pragma unroll 4  // what the compiler takes by itself, but then it spills on sm_120
     for (int64_t w = threadIdx.x; w < args.words / 2; w += kMatchThreads) {
       const ulonglong2 x = mask2[w], y = query2[w];
       inter += __popcll(x.x & y.x) + __popcll(x.y & y.y);
