@@ -1,12 +1,11 @@
 """Triton back end of `mask_match` and `mask_iou`. Tensors are contiguous and checked by the caller."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from .bits import popcount, ratio
+from .launch import on
 
 MATCH_BLOCK = 1024
 BEST_BLOCK = 1024
@@ -69,7 +68,7 @@ def mask_iou_kernel(a, b, iou, rows, columns, words, TILE: tl.constexpr, WORDS: 
 def mask_match(masks: torch.Tensor, query: torch.Tensor, scores: torch.Tensor, best: torch.Tensor) -> None:
     """masks int64 (K, n), query int64 (n,) -> scores float32 (K,), best int64 ()."""
     count, words = masks.shape
-    with _on(masks):
+    with on(masks):
         if count:
             mask_match_kernel[(count,)](masks, query, scores, words, BLOCK=MATCH_BLOCK)
         first_best_kernel[(1,)](scores, best, count, BLOCK=BEST_BLOCK)
@@ -80,12 +79,8 @@ def mask_iou(a: torch.Tensor, b: torch.Tensor, iou: torch.Tensor) -> None:
     rows, columns = iou.shape
     tiles = triton.cdiv(rows, IOU_TILE) * triton.cdiv(columns, IOU_TILE)
     if tiles:
-        with _on(a):
+        with on(a):
             mask_iou_kernel[(tiles,)](a, b, iou, rows, columns, a.shape[1], TILE=IOU_TILE, WORDS=IOU_WORDS)
-
-
-def _on(tensor: torch.Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 # kernel, argument types, compile-time constants: what the launchers above ask for, compiled ahead of time by the tests.

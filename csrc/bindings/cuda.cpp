@@ -4,6 +4,7 @@
 
 namespace p2s {
 
+void bind_compact(py::module_& m);
 void bind_mask_match(py::module_& m);
 
 namespace {
@@ -30,5 +31,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = P2S_CUDA_ARCHITECTURES;
   m.def("device_info", &p2s::device_info,
         "Versions (1000 * major + 10 * minor), device count, and the reason if there are none.");
+  p2s::bind_compact(m);
   p2s::bind_mask_match(m);
 }

@@ -1,19 +1,12 @@
 #include "launch.h"
 #include "p2s/mask_match.h"
+#include "warp.cuh"
 
 namespace p2s {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 __device__ __forceinline__ float ratio(int64_t inter, int64_t uni) {
   return uni == 0 ? 0.0f : __fdiv_rn(static_cast<float>(inter), static_cast<float>(uni));
-}
-
-__device__ __forceinline__ int64_t warp_sum(int64_t x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_down_sync(kAllLanes, x, lanes);
-  return x;
 }
 
 // One block a mask. `wide`: words is even and both pointers are 16-byte aligned, so that two words load at once.

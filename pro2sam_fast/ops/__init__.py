@@ -1,5 +1,6 @@
 """Exact tensor operations, each with a plain reference and faster back ends; see CONTRIBUTING.md to add one."""
 
+from .compact import compact
 from .decode_sweeps import decode_sweep0, decode_sweep1, decode_sweep2
 from .decode_upscale import decode_upscale
 from .gated_attention import gated_attention, query_maps
@@ -9,6 +10,7 @@ from .nms import nms
 from .packing import pack_masks, popcount, unpack_masks
 
 __all__ = [
+    "compact",
     "decode_sweep0",
     "decode_sweep1",
     "decode_sweep2",

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstdint>
+
+namespace p2s {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Sum over the lanes; lane 0 has it.
+__device__ __forceinline__ int64_t warp_sum(int64_t x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_down_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+// Sum over the lanes up to this one.
+__device__ __forceinline__ int warp_scan(int x, int lane) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, x, lanes);
+    if (lane >= lanes) x += before;
+  }
+  return x;
+}
+
+}  // namespace p2s
