@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, Pro2SamError
-from .models.sam import Sam
+from .models.sam import PromptDecoder, Sam
 from .ops import mask_pack, unpack_masks
 from .postprocess import upsample_logits
 from .transforms import ResizeLongestSide, check_rgb
@@ -42,6 +42,7 @@ class SamPredictor:
     def __init__(self, sam_model: Sam) -> None:
         self.model = sam_model.eval()
         self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
+        self._decoder = PromptDecoder(sam_model)
         self.reset_image()
 
     @property
@@ -50,6 +51,7 @@ class SamPredictor:
 
     def reset_image(self) -> None:
         """Forgets the photos."""
+        self._decoder.forget()
         self.features: Tensor | None = None
         self.original_sizes: list[tuple[int, int]] = []
         self.input_sizes: list[tuple[int, int]] = []
@@ -186,14 +188,7 @@ class SamPredictor:
         index = self._index(image_index)
         model = self.model
         points = None if point_coords is None else (point_coords, point_labels)
-        sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=mask_input)
-        low_res, iou = model.mask_decoder(
-            image_embeddings=self.features[index : index + 1],
-            image_pe=model.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask_output,
-        )
+        low_res, iou = self._decoder(self.features, index, points, boxes, mask_input, multimask_output)
         logits = low_res.flatten(0, 1).float()
         frame = model.image_encoder.img_size, self.input_sizes[index], self.original_sizes[index]
         if return_logits:

@@ -24,6 +24,8 @@ PROMPTS = {
         "multimask_output": False,
     },
     "single": {**CENTRE, "multimask_output": False},
+    "point and mask": {**CENTRE, "mask_input": np.linspace(5, -5, 32 * 32).reshape(1, 32, 32)},
+    "very many points": {"point_coords": np.arange(80).reshape(40, 2), "point_labels": np.arange(40) % 2},
     "nothing": {},
 }
 
@@ -62,11 +64,14 @@ def test_predict(predictors, kind, return_logits):
         assert (ours[0] != theirs[0]).mean() < 1e-3
 
 
-def test_predict_torch(predictors):
+@pytest.mark.parametrize("multimask_output", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_predict_torch(predictors, masked, multimask_output):
     prompts = torch.tensor([[[40.0, 30.0]], [[3.0, 9.0]]]), torch.ones(2, 1, dtype=torch.int)
     boxes = torch.tensor([[5.0, 6, 70, 50], [1, 2, 30, 40]])
-    ours, theirs = (p.predict_torch(*prompts, boxes=boxes) for p in predictors)
-    assert ours[0].shape == theirs[0].shape == (2, 3, 80, 120) and ours[0].dtype == torch.bool
+    masks = torch.linspace(-5, 5, 2 * 32 * 32).reshape(2, 1, 32, 32) if masked else None
+    ours, theirs = (p.predict_torch(*prompts, boxes, masks, multimask_output) for p in predictors)
+    assert ours[0].shape == theirs[0].shape == (2, 1 + 2 * multimask_output, 80, 120) and ours[0].dtype == torch.bool
     assert_near(ours[1], theirs[1])
     assert_near(ours[2], theirs[2])
 

@@ -3,6 +3,7 @@
 from .grid_decoder import DecodedGrid, GridDecoder, ImageBases
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import DecodedTokens, MaskDecoder
+from .prompt_decoder import PromptDecoder
 from .prompt_encoder import PromptEncoder
 from .sam import Sam
 from .transformer import TwoWayTransformer
@@ -14,6 +15,7 @@ __all__ = [
     "ImageBases",
     "ImageEncoderViT",
     "MaskDecoder",
+    "PromptDecoder",
     "PromptEncoder",
     "Sam",
     "TwoWayTransformer",

@@ -8,6 +8,7 @@ costs three passes over the pixels with a few hundred products each. The same nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,20 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...ops.decode_sweeps import decode_sweep0, decode_sweep1, decode_sweep2
+from ...memory import joined
+from ...ops.decode_sweeps import MAX_TOKENS, decode_sweep0, decode_sweep1, decode_sweep2
 from ...ops.decode_upscale import MAX_MASKS, decode_upscale
-from ...ops.pixel_tiles import TILE, pack_pixels, pack_values
+from ...ops.pixel_tiles import TILE, VALUE_LANES, pack_pixels, pair
 from .mask_decoder import MaskDecoder
 from .sam import Sam
 from .transformer import Attention, TwoWayTransformer
 
 __all__ = ["DecodedGrid", "GridDecoder", "ImageBases"]
-
-# With more tokens, plain projections of every prompt's image need less arithmetic.
-MOST_TOKENS = 17
-# Matrix products of different sizes round differently, so tokens go through the layers in groups of a fixed number of
-# prompts (the last one filled up with zeros): a mask does not depend on how many others are asked for with it.
-_PROMPTS_PER_GROUP = 64
 
 
 class ImageBases(NamedTuple):
@@ -63,25 +59,32 @@ class DecodedGrid(NamedTuple):
 
 
 class GridDecoder:
-    """Tokens and masks of prompts without mask input. Parameters are read once: later changes to ``sam`` don't count.
+    """Tokens and masks of prompts of up to 27 tokens, `MAX_TOKENS` less the output tokens: even with so many it is
+    three times as fast as the mask decoder. Parameters are read once: later changes to ``sam`` don't count.
+
+    Matrix products of different sizes round differently, so tokens go through the layers in groups of a fixed number of
+    prompts (the last one filled up with zeros): a mask does not depend on how many others are asked for with it.
 
     Args:
         sam: a model for which :meth:`supports` holds, its decoder's parameters in float32.
         dtype: of the operands of matrix products, float32 or bfloat16; sums and everything else are in float32. The few
             products that make queries, keys, values and the masks' vectors stay in float32 (they are a third of the
             tokens' work, and their rounding would be most of the error).
+        prompts_per_group: size of those groups; a single prompt costs as much token work as a whole group.
 
     Raises:
         ConfigError: the model's decoder is of another kind.
     """
 
-    def __init__(self, sam: Sam, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, sam: Sam, dtype: torch.dtype = torch.float32, prompts_per_group: int = 64) -> None:
         if not self.supports(sam):
             raise ConfigError("GridDecoder needs SAM's own mask decoder with its two-way transformer of two layers.")
         decoder = self.decoder = sam.mask_decoder
         self.dtype = dtype
+        self.prompts_per_group = prompts_per_group
         self.size = tuple(sam.prompt_encoder.image_embedding_size)
         self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        self.most_prompt_tokens = MAX_TOKENS - len(self.output_tokens)
         transformer = decoder.transformer
         self.heads = transformer.final_attn_token_to_image.num_heads
         self.layers = [_TokenLayer(layer, dtype) for layer in transformer.layers]
@@ -150,14 +153,21 @@ class GridDecoder:
         }
         names = list(shared)
         bases, values = ([shared[n] for n in part] for part in (names[:9], names[9:]))
-        constant = torch.cat([x.constant for x in bases]).repeat(len(positions), 1)
+        constant = torch.cat([x.constant for x in bases])[:, None].repeat(1, len(positions))
         inner = len(o0)
-        constant[:, :inner] += positions @ read0.k
-        constant[:, 3 * inner : 4 * inner] += positions @ ask0.q + ask0.q_bias
-        self.bases_weight = torch.cat([x.matrix for x in bases], dim=1).float()
-        self.bases_constant = constant.float()
-        self.values_weight = torch.cat([x.matrix for x in values], dim=1).T.float().contiguous()
-        self.values_constant = torch.cat([x.constant for x in values])[:, None].float()
+        constant[:inner] += (positions @ read0.k).T
+        constant[3 * inner : 4 * inner] += (positions @ ask0.q + ask0.q_bias).T
+        self.bases_constant = _tiles(constant).float().contiguous()
+        self.values_constant = self._lanes(torch.stack([x.constant for x in values]))[:, :, None, :, None].float()
+        bases_map = torch.cat([x.matrix for x in bases], dim=1).T
+        values_map = self._lanes(torch.stack([x.matrix for x in values], dim=1)).flatten(1)
+        self.image_maps = bases_map.float().contiguous(), values_map.float()
+        *hidden, last = sam.prompt_encoder.mask_downscaling
+        self.mask_hidden = nn.Sequential(*hidden)
+        # the hidden channels of a mask and a one -> what it adds to an image without a mask
+        embed = torch.cat([last.weight.double().flatten(1), (last.bias.double() - dense)[:, None]], dim=1)
+        self.mask_embed = embed.float()
+        self.mask_maps = (bases_map @ embed).float(), (embed.T @ values_map).float()
         self.centred_constant, self.gamma = xc.constant[:, None].float(), first.gamma[:, None].float()
         self.beta = beta.float()
         positional = [positions @ read1.k, positions @ ask1.q + first.beta @ ask1.q + ask1.q_bias, positions @ final.k]
@@ -188,25 +198,61 @@ class GridDecoder:
         }
         self.upscale_eps = norm.eps
 
+    def _lanes(self, x: Tensor) -> Tensor:
+        # (..., I) -> (..., h, lanes)
+        x = x.unflatten(-1, (self.heads, -1))
+        return F.pad(x, (0, -x.shape[-1] % VALUE_LANES))
+
     @torch.no_grad()
     def bases(self, embeddings: Tensor) -> ImageBases:
         """What all prompts of these images share: float32 (B, D, e, e) -> bases."""
-        packed = [self._image_bases(e) for e in embeddings.flatten(2).float()]
-        return ImageBases(*(packed[0] if len(packed) == 1 else map(torch.cat, zip(*packed, strict=True))))
+        constants = self.bases_constant, self.values_constant
+        return _joined([self._bases(e, e, self.image_maps, *constants) for e in embeddings.flatten(2).float()])
 
-    def _image_bases(self, embedding: Tensor) -> tuple[Tensor, ...]:
-        # (D, P); channels are the dense dimension of what `pack_pixels` takes
-        bases = torch.addmm(self.bases_constant, embedding.T, self.bases_weight)
-        values = torch.addmm(self.values_constant, self.values_weight, embedding)
-        xc = embedding - embedding.mean(dim=0) + self.centred_constant
+    @torch.no_grad()
+    def masked_bases(self, bases: ImageBases, embedding: Tensor, masks: Tensor) -> ImageBases:
+        """An image as prompts with mask input see it, each of them differently: it is the image and a projection of the
+        16 hidden channels of the mask (Kirillov et al. 2023, appendix A), so are its bases.
+
+        Args:
+            bases: of the image.
+            embedding: float32 (1, D, e, e).
+            masks: float32 (G, 1, 4e, 4e) logits.
+
+        Returns:
+            Bases of G images.
+        """
+        image, parts = embedding[0].flatten(1), []
+        shared = bases.bases[0].float().transpose(2, 3).flatten(1, 2), bases.values[0].float()
+        for mask in masks:
+            hidden = self.mask_hidden(mask[None])[0].flatten(1)
+            hidden = torch.cat([hidden, torch.ones_like(hidden[:1])])
+            x = torch.addmm(image, self.mask_embed, hidden)
+            parts.append(self._bases(x, hidden, self.mask_maps, *shared))
+        return _joined(parts)
+
+    def _bases(
+        self, image: Tensor, x: Tensor, maps: tuple[Tensor, Tensor], bases: Tensor, values: Tensor
+    ) -> ImageBases:
+        """Bases of an image (D, P), two linear maps of x (C, P) to which bases (tiles, K, 64) and values
+        (tiles or 1, 3, h, 64 / pair or 1, lanes, pair or 1) are added."""
+        tiles, words = _tiles(x), pair(self.dtype)
+        bases = torch.baddbmm(bases, maps[0].expand(len(tiles), -1, -1), tiles).to(self.dtype)
+        # (P, 3 h lanes) -> (tiles, 3, h, 64 / pair, lanes, pair)
+        own = (_padded(x).T @ maps[1]).unflatten(1, (3, self.heads, -1)).unflatten(0, (-1, TILE // words, words))
+        values = (own.permute(0, 3, 4, 1, 5, 2) + values).to(self.dtype)
+        return ImageBases(
+            bases.unflatten(1, (-1, words)).transpose(2, 3).contiguous()[None],
+            values.contiguous()[None],
+            _padded(self._norms(image))[None],
+        )
+
+    def _norms(self, image: Tensor) -> Tensor:
+        # (D, P) -> (3, P)
+        xc = image - image.mean(dim=0) + self.centred_constant
         xg = xc * self.gamma
         xg -= xg.mean(dim=0)
-        norms = torch.stack([xc.square().sum(dim=0), xg.square().sum(dim=0), self.beta @ xg])
-        return (
-            pack_pixels(bases.T[None], self.dtype),
-            pack_values(values.unflatten(0, (1, 3, self.heads, -1)), self.dtype),
-            F.pad(norms, (0, -norms.shape[-1] % TILE))[None],
-        )
+        return torch.stack([xc.square().sum(dim=0), xg.square().sum(dim=0), self.beta @ xg])
 
     @torch.no_grad()
     def tokens(self, bases: ImageBases, sparse: Tensor, image: Tensor | None = None) -> DecodedGrid:
@@ -214,23 +260,23 @@ class GridDecoder:
 
         Args:
             bases: of B images.
-            sparse: float32 (G, n, D) prompt tokens, the same number for all prompts, at most 12.
+            sparse: float32 (G, n, D) prompt tokens, the same number for all prompts.
             image: int64 (G,), which image a prompt belongs to; None for the first image.
 
         Raises:
             ConfigError: too many prompt tokens.
         """
-        most = MOST_TOKENS - len(self.output_tokens)
-        if sparse.shape[1] > most:
-            raise ConfigError(f"prompts may have {most} tokens, got {sparse.shape[1]}.")
+        if sparse.shape[1] > self.most_prompt_tokens:
+            raise ConfigError(f"prompts may have {self.most_prompt_tokens} tokens, got {sparse.shape[1]}.")
         if image is None:
             image = torch.zeros(len(sparse), dtype=torch.int64, device=sparse.device)
-        starts = range(0, max(len(sparse), 1), _PROMPTS_PER_GROUP)
-        groups = [self._tokens(bases, *(x[i : i + _PROMPTS_PER_GROUP] for x in (sparse, image))) for i in starts]
-        return groups[0] if len(groups) == 1 else DecodedGrid(*map(torch.cat, zip(*groups, strict=True)))
+        size = self.prompts_per_group
+        starts = range(0, max(len(sparse), 1), size)
+        return _joined([self._tokens(bases, *(x[i : i + size] for x in (sparse, image))) for i in starts])
 
     def _tokens(self, bases: ImageBases, sparse: Tensor, image: Tensor) -> DecodedGrid:
-        count, pixels, channels = len(sparse), self.size[0] * self.size[1], self.decoder.transformer_dim
+        count, size = len(sparse), self.prompts_per_group
+        pixels, channels = self.size[0] * self.size[1], self.decoder.transformer_dim
         eps1, eps2 = self.epsilons
         first, second = self.layers
         transformer = self.decoder.transformer
@@ -238,27 +284,27 @@ class GridDecoder:
         def split(x):  # (g, T, I) -> float32 (count, h, T, d)
             return x[:count].float().unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
 
-        def joined(x):  # float32 (count, h, T, d) -> (g, T, I)
-            return F.pad(x.transpose(1, 2).flatten(2), (0, 0, 0, 0, 0, _PROMPTS_PER_GROUP - count))
+        def merged(x):  # float32 (count, h, T, d) -> (g, T, I)
+            return F.pad(x.transpose(1, 2).flatten(2), (0, 0, 0, 0, 0, size - count))
 
-        sparse = F.pad(sparse, (0, 0, 0, 0, 0, _PROMPTS_PER_GROUP - count))
-        tok = torch.cat([self.output_tokens.expand(_PROMPTS_PER_GROUP, -1, -1), sparse], dim=1)
+        sparse = F.pad(sparse, (0, 0, 0, 0, 0, size - count))
+        tok = torch.cat([self.output_tokens.expand(size, -1, -1), sparse], dim=1)
         q = first.norm1(first.self_attention(tok, tok, self.heads))
         out = decode_sweep0(bases.bases, bases.values, image, split(first.query(q + tok)), pixels)
-        q = first.finish(q, joined(out))
+        q = first.finish(q, merged(out))
         k0, v0 = split(first.key(q + tok)), split(first.value(q))
 
         q = second.norm1(q + second.self_attention(q + tok, q, self.heads))
         q1 = split(second.query(q + tok))
         shared = (*bases, self.positional, image)
         out, r1 = decode_sweep1(*shared, k0, v0, q1, self.maps1, self.bias1, pixels, channels, eps1)
-        q = second.finish(q, joined(out))
+        q = second.finish(q, merged(out))
         k1, v1 = split(second.key(q + tok)), split(second.value(q))
 
         qf = split(self.final_query(q + tok))
         constants = (self.maps2, self.vectors2, self.beta_norm, pixels, channels, eps2)
         out, r2 = decode_sweep2(*shared, r1, k0, v0, k1, v1, qf, *constants)
-        q = transformer.norm_final_attn(q + self.final_out(joined(out)))
+        q = transformer.norm_final_attn(q + self.final_out(merged(out)))
 
         iou = self.iou_head(q[:, 0])[:count].float()
         hyper = torch.stack([mlp(q[:, 1 + i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)[:count].float()
@@ -282,6 +328,57 @@ class GridDecoder:
         own = (decoded.r1, decoded.r2, decoded.k0, decoded.v0, decoded.k1, decoded.v1, decoded.hyper[masks], first)
         constants = (*self.upscaling.values(), *self.size, self.upscale_eps)
         return decode_upscale(bases.bases, self.positional, decoded.image, *own, *constants)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        bases: ImageBases,
+        sparse: Sequence[Tensor] | Tensor,
+        image: Tensor | None = None,
+        masks: slice = slice(None),
+    ) -> tuple[Tensor, Tensor]:
+        """IoU and low-resolution logits of G prompts of any kinds on any of the images.
+
+        Args:
+            bases: of B images.
+            sparse: float32 (n, D) prompt tokens of each.
+            image: int64 (G,), which image a prompt belongs to; None for the first image.
+            masks: which of the M masks of every prompt.
+
+        Returns:
+            float32 (G, m), (G, m, 4e, 4e).
+
+        Raises:
+            ConfigError: too many prompt tokens.
+        """
+        if image is None:
+            image = torch.zeros(len(sparse), dtype=torch.int64, device=bases.norms.device)
+        counts = torch.tensor([len(tokens) for tokens in sparse], dtype=torch.int64)
+        chosen = torch.zeros(self.decoder.num_mask_tokens, dtype=torch.bool)
+        chosen[masks] = True
+        iou = self.output_tokens.new_empty(len(counts), int(chosen.sum()))
+        logits = iou.new_empty(*iou.shape, 4 * self.size[0], 4 * self.size[1])
+        for count in counts.unique():
+            index = (counts == count).nonzero().squeeze(1)
+            decoded = self.tokens(bases, torch.stack([sparse[i] for i in index]), image[index])
+            iou[index] = decoded.iou[:, masks]
+            logits[index] = self.upscale(bases, decoded, chosen.expand(len(index), -1)).unflatten(0, (len(index), -1))
+        return iou, logits
+
+
+def _joined(parts: list) -> NamedTuple:
+    # of one kind
+    return type(parts[0])(*map(joined, zip(*parts, strict=True)))
+
+
+def _padded(x: Tensor) -> Tensor:
+    # (..., P) -> (..., 64 tiles)
+    return F.pad(x, (0, -x.shape[-1] % TILE))
+
+
+def _tiles(x: Tensor) -> Tensor:
+    # (C, P) -> (tiles, C, 64)
+    return _padded(x).unflatten(1, (-1, TILE)).transpose(0, 1)
 
 
 class _Affine(NamedTuple):
