@@ -153,11 +153,10 @@ class GridDecoder:
         }
         names = list(shared)
         bases, values = ([shared[n] for n in part] for part in (names[:9], names[9:]))
-        constant = torch.cat([x.constant for x in bases])[:, None].repeat(1, len(positions))
-        inner = len(o0)
-        constant[:inner] += (positions @ read0.k).T
-        constant[3 * inner : 4 * inner] += (positions @ ask0.q + ask0.q_bias).T
-        self.bases_constant = _tiles(constant).float().contiguous()
+        own = {"k0": positions @ read0.k, "q0": positions @ ask0.q + ask0.q_bias}
+        constants = [shared[n].constant + own.get(n, 0) for n in names[:9]]  # (I) or (P, I)
+        constants = [_tiles(x.float().expand(len(positions), -1).T) for x in constants]
+        self.bases_constant = torch.cat(constants, dim=1)
         self.values_constant = self._lanes(torch.stack([x.constant for x in values]))[:, :, None, :, None].float()
         bases_map = torch.cat([x.matrix for x in bases], dim=1).T
         values_map = self._lanes(torch.stack([x.matrix for x in values], dim=1)).flatten(1)
