@@ -65,10 +65,10 @@ inline void add_low_rank(const Dims& s, float* out, int head, const Projected& f
   }
 }
 
-// Prompts begin..end of `args` through all tiles, in groups of up to kGroup of one image. Returns the floats of
-// workspace that this needs, and does nothing else without one.
+// Some prompts of `args` through some tiles, in groups of up to kGroup of one image. Returns the floats of workspace
+// that this needs, and does nothing else without one.
 template <class O, class Prompt, class Args>
-int64_t sweep(const Args& args, int64_t begin, int64_t end, float* workspace) {
+int64_t sweep(const Args& args, const DecodeRange& range, float* workspace) {
   const Dims s = dims_of(args.shape);
   Arena arena{workspace};
   Prompt prompts[kGroup];
@@ -76,13 +76,13 @@ int64_t sweep(const Args& args, int64_t begin, int64_t end, float* workspace) {
   for (Prompt& prompt : prompts) prompt.place(s, arena);
   scratch.place(s, arena);
   if (!workspace) return arena.used;
-  for (int64_t first = begin; first < end;) {
+  for (int64_t first = range.first_prompt; first < range.last_prompt;) {
     const int64_t image = args.image.image[first];
     int count = 0;
-    for (; count < kGroup && first + count < end && args.image.image[first + count] == image; ++count) {
+    for (; count < kGroup && first + count < range.last_prompt && args.image.image[first + count] == image; ++count) {
       prompts[count].start(s, args, first + count, scratch);
     }
-    for (int tile = 0; tile < s.tiles; ++tile) {
+    for (int tile = int(range.first_tile); tile < int(range.last_tile); ++tile) {
       const TileOf<O> t{s, args.image, image, tile};
       for (int i = 0; i < count; ++i) prompts[i].visit(s, t, args, first + i, scratch);
     }
@@ -101,13 +101,13 @@ int64_t sweep(const Args& args, int64_t begin, int64_t end, float* workspace) {
 }  // namespace
 }  // namespace P2S_ISA
 
-// The floats of workspace for any range of prompts, or, given that workspace, the prompts begin..end.
+// The floats of workspace for any range, or, given that workspace, the work on one.
 #define P2S_DEFINE(op, Sweep, Args)                                                                        \
-  int64_t P2S_NAME(op)(const Args& args, int64_t begin, int64_t end, float* workspace, const char** isa) { \
+  int64_t P2S_NAME(op)(const Args& args, const DecodeRange& range, float* workspace, const char** isa) {   \
     using namespace P2S_ISA;                                                                               \
     *isa = P2S_TEXT(P2S_ISA);                                                                              \
-    return args.shape.pair == 1 ? sweep<Float32, Sweep<Float32>>(args, begin, end, workspace)              \
-                                : sweep<BFloat16, Sweep<BFloat16>>(args, begin, end, workspace);           \
+    return args.shape.pair == 1 ? sweep<Float32, Sweep<Float32>>(args, range, workspace)                   \
+                                : sweep<BFloat16, Sweep<BFloat16>>(args, range, workspace);                \
   }
 P2S_DEFINE(decode_sweep0, Sweep0, DecodeSweep0Args)
 P2S_DEFINE(decode_sweep1, Sweep1, DecodeSweep1Args)
