@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["apply_linear", "compute_dtype", "convolution", "linear"]
+__all__ = ["PackedLinear", "apply_linear", "compute_dtype", "convolution", "linear"]
+
+_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise")
+# oneDNN's names and arguments
+_ACTIVATIONS = {"none": ("none", []), "relu": ("relu", []), "relu6": ("hardtanh", [0.0, 6.0])}
 
 
 def compute_dtype(x: Tensor, parameter: Tensor) -> torch.dtype | None:
@@ -65,6 +69,26 @@ def linear(
     return x if act is None or gelu else act(x)
 
 
+class PackedLinear:
+    """``act(x @ weight.T + bias)`` with weights laid out for oneDNN once, without gradient.
+
+    Args:
+        weight: (M, K). bias: (M,). Both of the dtype of operands and results.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight.detach().contiguous(), bias.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight) if _onednn(self.weight) else None
+
+    def __call__(self, x: Tensor, act: str = "none") -> Tensor:
+        """(..., K) of any floating dtype -> (..., M); ``act`` is "none", "relu" or "relu6"."""
+        x = x.to(self.weight.dtype)
+        if self.packed is None or x.numel() == 0:
+            x = F.linear(x, self.weight, self.bias)
+            return x if act == "none" else getattr(F, act)(x)
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, *_ACTIVATIONS[act], "")
+
+
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int, relu6: bool
 ) -> Tensor:
@@ -73,13 +97,13 @@ def convolution(
         x = F.conv2d(x, weight, bias, stride, padding, groups=groups)
         return F.relu6(x) if relu6 else x
     sides = (padding, padding), (stride, stride), (1, 1)
-    act = ("hardtanh", [0.0, 6.0]) if relu6 else ("none", [])
+    act = _ACTIVATIONS["relu6" if relu6 else "none"]
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *sides, groups, *act, "")
 
 
 def _onednn(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.numel() == 0 or not torch.backends.mkldnn.is_available():
         return False
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise")):
+    if not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .cache import state_of
-from .cpu import compute_dtype, convolution
+from .cpu import PackedLinear, compute_dtype, convolution
 
 # channels of the feature maps at strides 4, 8, 16, 32
 FEATURE_CHANNELS = (24, 40, 112, 320)
@@ -40,10 +40,14 @@ class _SameConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
         nn.init.normal_(self.weight, std=math.sqrt(2 * groups / (kernel * kernel * out_channels)))
 
+    def pads(self, x: Tensor) -> list[int]:
+        """How many rows and columns of zeros the input needs."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        return [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:]]
+
     def pad(self, x: Tensor) -> tuple[Tensor, int]:
         """The input, padded if its sides need different pads, and the padding left to do on both sides."""
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        h, w = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
+        h, w = self.pads(x)
         if h == w and h % 2 == 0:
             return x, h // 2
         return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2)), 0
@@ -51,6 +55,36 @@ class _SameConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self.pad(x)
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups)
+
+
+class _Folded:
+    """Inference on the CPU of a convolution with its norm folded in.
+
+    Args:
+        dtype: of operands and results.
+    """
+
+    def __init__(self, conv: _SameConv2d, norm: nn.Module, dtype: torch.dtype) -> None:
+        self.conv = conv
+        weight, self.bias = (t.to(dtype) for t in _fold(conv, norm))
+        if conv.kernel_size == (1, 1):
+            self.pixelwise = PackedLinear(weight.flatten(1), self.bias)
+            return
+        self.pixelwise = None
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        # With zeros for the first row and column, equal pads do what an odd pad right and below does.
+        self.wider = F.pad(weight, (1, 0, 1, 0)).contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, x: Tensor, relu6: bool) -> Tensor:
+        conv = self.conv
+        if self.pixelwise is not None:
+            return self.pixelwise(x.permute(0, 2, 3, 1), "relu6" if relu6 else "none").permute(0, 3, 1, 2)
+        weight, (h, w) = self.weight, conv.pads(x)
+        if conv.groups > 1 and h == w and h % 2:  # padding so many channels would take longer than the convolution
+            weight, padding = self.wider, h // 2 + 1
+        else:
+            x, padding = conv.pad(x)
+        return convolution(x, weight, self.bias, conv.stride[0], padding, conv.groups, relu6)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -100,8 +134,8 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
         self.net = _Net(num_classes)
-        # dtype -> state of the weights, folded weights and biases of all convolutions in order
-        self._folds: dict[torch.dtype, tuple[tuple, list[tuple[Tensor, Tensor]]]] = {}
+        # dtype -> state of the weights, all convolutions in order
+        self._folds: dict[torch.dtype, tuple[tuple, list[_Folded]]] = {}
         self.eval()
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
@@ -163,17 +197,13 @@ class EfficientNetLite0(nn.Module):
             return F.relu6(x) if relu6 else x
 
         def on_cpu(x: Tensor, index: int, relu6: bool) -> Tensor:
-            conv = layers[index][0]
-            x, padding = conv.pad(x.to(dtype))
-            return convolution(x, *folds[index], conv.stride[0], padding, conv.groups, relu6)
+            return folds[index](x.to(dtype), relu6)
 
         if dtype is None:
             return by_modules
         state = tuple(state_of(t) for layer in itertools.chain.from_iterable(layers) for t in _tensors(layer))
         if dtype not in self._folds or self._folds[dtype][0] != state:
-            folds = [tuple(t.to(dtype) for t in _fold(conv, norm)) for conv, norm in layers]
-            folds = [(weight.contiguous(memory_format=torch.channels_last), bias) for weight, bias in folds]
-            self._folds[dtype] = state, folds
+            self._folds[dtype] = state, [_Folded(conv, norm, dtype) for conv, norm in layers]
         folds = self._folds[dtype][1]
         return on_cpu
 

@@ -22,6 +22,7 @@ from ...ops.decode_upscale import MAX_MASKS, decode_upscale
 from ...ops.pixel_tiles import TILE, VALUE_LANES, pack_pixels, pair
 from .mask_decoder import MaskDecoder
 from .sam import Sam
+from .token_layers import TokenLayer, pack, perceptron
 from .transformer import Attention, TwoWayTransformer
 
 __all__ = ["DecodedGrid", "GridDecoder", "ImageBases"]
@@ -87,11 +88,11 @@ class GridDecoder:
         self.most_prompt_tokens = MAX_TOKENS - len(self.output_tokens)
         transformer = decoder.transformer
         self.heads = transformer.final_attn_token_to_image.num_heads
-        self.layers = [_TokenLayer(layer, dtype) for layer in transformer.layers]
-        self.final_query = _Linear(transformer.final_attn_token_to_image.q_proj)
-        self.final_out = _Linear(transformer.final_attn_token_to_image.out_proj)
-        self.iou_head = _perceptron(decoder.iou_prediction_head)
-        self.hypernetworks = [_perceptron(mlp) for mlp in decoder.output_hypernetworks_mlps]
+        self.layers = [TokenLayer(layer, dtype) for layer in transformer.layers]
+        self.final_query = pack(transformer.final_attn_token_to_image.q_proj)
+        self.final_out = pack(transformer.final_attn_token_to_image.out_proj)
+        self.iou_head = perceptron(decoder.iou_prediction_head)
+        self.hypernetworks = [perceptron(mlp) for mlp in decoder.output_hypernetworks_mlps]
         with torch.no_grad():
             self._fold(sam)
 
@@ -415,53 +416,3 @@ class _Image:
         self.to_image = _Projections(layer.cross_attn_token_to_image)
         self.to_token = _Projections(layer.cross_attn_image_to_token)
         self.gamma, self.beta = layer.norm4.weight.double(), layer.norm4.bias.double()
-
-
-class _Linear:
-    """Linear layers on the same input, side by side, with operands and results in ``dtype``."""
-
-    def __init__(self, *layers: nn.Linear, dtype: torch.dtype = torch.float32) -> None:
-        self.weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
-        self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-
-def _perceptron(mlp: nn.Module):
-    *hidden, last = (_Linear(layer) for layer in mlp.layers)
-
-    def forward(x: Tensor) -> Tensor:
-        for layer in hidden:
-            x = F.relu(layer(x))
-        return last(x)
-
-    return forward
-
-
-class _TokenLayer:
-    """The token side of one layer of the two-way transformer."""
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        own, read, ask = layer.self_attn, layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        self.norm1, self.norm2, self.norm3 = layer.norm1, layer.norm2, layer.norm3
-        self.own_query_key = _Linear(own.q_proj, own.k_proj)
-        self.own_value = _Linear(own.v_proj)
-        self.own_out = _Linear(own.out_proj)
-        self.query, self.out = _Linear(read.q_proj), _Linear(read.out_proj)
-        self.key, self.value = _Linear(ask.k_proj), _Linear(ask.v_proj)
-        self.mlp1, self.mlp2 = _Linear(layer.mlp.lin1, dtype=dtype), _Linear(layer.mlp.lin2, dtype=dtype)
-
-    def self_attention(self, qk: Tensor, v: Tensor, heads: int) -> Tensor:
-        """Attention among the tokens of each prompt: (g, T, D) with and without positions -> (g, T, D)."""
-        q, k, v = (
-            x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-            for x in (*self.own_query_key(qk).chunk(2, dim=-1), self.own_value(v))
-        )
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        return self.own_out((weights @ v).transpose(1, 2).flatten(2))
-
-    def finish(self, q: Tensor, attended: Tensor) -> Tensor:
-        """What comes behind token-to-image attention: output projection, norm, MLP, norm."""
-        q = self.norm2(q + self.out(attended))
-        return self.norm3(q + self.mlp2(F.relu(self.mlp1(q))))

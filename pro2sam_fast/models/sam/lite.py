@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops import gated_attention
 from ..cpu import apply_linear
 from ..trunk import FEATURE_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite0
 from .layers import LayerNorm2d, MLPBlock
@@ -55,11 +56,8 @@ class _GlobalBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         attn = self.attn
-        q, k, v = (
-            apply_linear(layer, x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-            for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        return apply_linear(attn.out_proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (apply_linear(layer, x) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+        return apply_linear(attn.out_proj, gated_attention(q, k, v, attn.num_heads, 0, gate=False)[0])
 
 
 class LiteImageEncoder(nn.Module):
