@@ -16,9 +16,10 @@ from .errors import ConfigError
 from .gallery import MaskGallery
 from .memory import in_chunks, items_per_chunk, joined
 from .models.sam import Sam
-from .ops import mask_pack, pack_masks, unpack_masks
+from .ops import mask_clean, mask_pack, popcount
+from .ops.mask_measure import boxes_of_packed
 from .ops.packing import words_per_row
-from .postprocess import Frame, boxes_of_masks, measure_masks, nms, remove_small_regions
+from .postprocess import Frame, measure_masks, nms
 from .transforms import ResizeLongestSide, check_rgb
 
 __all__ = ["MaskGenerator", "crop_boxes", "point_grid"]
@@ -320,16 +321,10 @@ class MaskGenerator:
 
     def _clean(self, gallery: MaskGallery) -> MaskGallery:
         """Removes small regions; masks that had any give way to equal ones that had none."""
-        masks, boxes, areas = gallery.masks, gallery.boxes, gallery.areas  # the gallery is ours to change
-        changed = torch.zeros(len(gallery), dtype=torch.bool, device=gallery.device)
-        for i in range(len(gallery)):
-            mask = unpack_masks(gallery.masks[i], gallery.size[1]).cpu().numpy()
-            mask, filled = remove_small_regions(mask, self.min_mask_region_area, "holes")
-            mask, removed = remove_small_regions(mask, self.min_mask_region_area, "islands")
-            if filled or removed:
-                mask = torch.from_numpy(mask).unsqueeze(0)
-                masks[i], boxes[i], areas[i] = pack_masks(mask)[0], boxes_of_masks(mask)[0], mask.sum()
-                changed[i] = True
+        masks, changed = mask_clean(gallery.masks, gallery.size[1], self.min_mask_region_area)
+        boxes, areas = gallery.boxes, gallery.areas  # the gallery is ours to change
+        boxes[changed] = boxes_of_packed(masks[changed], gallery.size[1])
+        areas[changed] = popcount(masks[changed])
         keep = nms(boxes, (~changed).float(), max(self.box_nms_thresh, self.crop_nms_thresh))
         cleaned = MaskGallery(
             size=gallery.size,

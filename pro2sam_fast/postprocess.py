@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-from scipy import ndimage
 from torch import Tensor
 
 from . import ops
-from .boxes import tight_box
 from .ops import mask_measure
+from .ops.mask_clean import remove_small_regions
 from .ops.mask_measure import boxes_of_masks, upsample_logits
 
 __all__ = [
@@ -29,7 +27,6 @@ __all__ = [
 
 # A box side this close (pixels) to a crop's side touches it.
 _EDGE_TOLERANCE = 20.0
-_EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 
 
 class Frame(NamedTuple):
@@ -112,71 +109,3 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """
     keep, kept = ops.nms(boxes.detach().cpu().float(), scores.detach().cpu(), iou_threshold)
     return keep[: int(kept)].to(boxes.device)
-
-
-def remove_small_regions(mask: np.ndarray, min_area: float, mode: str) -> tuple[np.ndarray, bool]:
-    """Fills small holes or removes small islands of a mask; regions are 8-connected.
-
-    Args:
-        mask: bool (H, W).
-        min_area: regions of fewer pixels are small.
-        mode: ``"holes"`` fills small regions of the background, those at the border too; ``"islands"`` removes small
-            regions of the mask, but keeps the largest one if all are small.
-
-    Returns:
-        The mask, bool (H, W), and whether it had any small region.
-    """
-    holes = mode == "holes"
-    height, width = mask.shape
-    top, bottom, left, right = _window(mask, min_area)
-    crop = mask[top:bottom, left:right]
-    labels, count = ndimage.label(~crop if holes else crop, structure=_EIGHT_CONNECTED)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
-    if holes:
-        # what the window cuts off belongs to the regions at its sides
-        areas[labels[0, 0]] += top * width + left * (bottom - top)
-        areas[labels[-1, 0]] += (height - bottom) * width
-        areas[labels[0, -1]] += (width - right) * (bottom - top)
-    small = areas[1:] < min_area
-    if not small.any():
-        return mask, False
-    inside = np.empty(count + 1, dtype=bool)
-    inside[0] = holes
-    inside[1:] = small if holes else ~small
-    if not holes and small.all():
-        inside[_largest_region(labels, areas[1:])] = True
-    cleaned = np.zeros_like(mask)
-    cleaned[top:bottom, left:right] = inside[labels]
-    return cleaned, True
-
-
-def _window(mask: np.ndarray, min_area: float) -> tuple[int, int, int, int]:
-    """Rows [top, bottom) and columns [left, right) that hold a mask and all small regions of its background.
-
-    What is cut off at a side lies behind a line of background and has at least `min_area` pixels. The origin is even,
-    as :func:`_largest_region` counts in 2 x 2 blocks.
-    """
-    height, width = mask.shape
-    x0, y0, x1, y1 = tight_box(mask) or (0, 0, width, height)
-    top, left = (max(0, at - 1) // 2 * 2 for at in (y0, x0))
-    bottom, right = min(y1 + 1, height), min(x1 + 1, width)
-    if top * width < min_area:
-        top = 0
-    if (height - bottom) * width < min_area:
-        bottom = height
-    if left * (bottom - top) < min_area:
-        left = 0
-    if (width - right) * (bottom - top) < min_area:
-        right = width
-    return top, bottom, left, right
-
-
-def _largest_region(labels: np.ndarray, areas: np.ndarray) -> int:
-    # Of equally large regions, the first in the order in which block-based labelling meets them: 2 x 2 blocks, row by
-    # row (Bolelli et al. 2019), as OpenCV does.
-    largest = np.flatnonzero(areas == areas.max()) + 1
-    if len(largest) == 1:
-        return int(largest[0])
-    rows, columns = np.nonzero(np.isin(labels, largest))
-    first = np.lexsort((columns // 2, rows // 2))[0]
-    return int(labels[rows[first], columns[first]])

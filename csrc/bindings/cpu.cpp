@@ -11,7 +11,12 @@
 #include "p2s/nms.h"
 #include "binding.h"
 
-namespace py = pybind11;
+namespace p2s {
+
+void bind_mask_clean(py::module_& m);
+
+}  // namespace p2s
+
 using namespace p2s;
 
 namespace {
@@ -91,6 +96,8 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>(),
       "a (rows, words), b (columns, words) -> iou (rows, columns); areas: scratch (rows + columns). Returns the "
       "instruction set that ran.");
+
+  bind_mask_clean(m);
 
   // rows, columns, img_size, input_height, input_width, height, width
   using Frame = std::array<int64_t, 7>;

@@ -55,7 +55,14 @@ template <class O, int most>
 inline void write_panel(float* panel, int words, int count, int output, const float* row) {
   const int size = block_size(count, most), begin = output / size * size, width = least(size, count - begin);
   float* to = panel + begin * words + (output - begin);
-  for (int k = 0; k < words; ++k) to[k * width] = O::word(row[k * O::pair], row[k * O::pair + O::pair - 1]);
+  constexpr int kWords = F::size / O::pair;
+  int k = 0;
+  for (; k + kWords <= words; k += kWords) {
+    float line[F::size];
+    O::store_words(line, load(row + k * O::pair));
+    for (int i = 0; i < kWords; ++i) to[(k + i) * width] = line[i];
+  }
+  for (; k < words; ++k) to[k * width] = O::word(row[k * O::pair], row[k * O::pair + O::pair - 1]);
 }
 
 // sum[o][v] += basis (words, 64 pixels) . panel (words, NO)

@@ -73,9 +73,14 @@ struct Sweep2 {
     projected.set(s, v0, map(2), s.inner);
     write_coupling<O>(s, gram01, gram01_bias, projected, v1.difference, s.low_head, 1.0f, row);
     constant01 = inner_product(projected.constant, v1.last, s.inner) + inner_product(beta0, v0.last, s.inner);
+    for (int j = 0; j < s.low_lanes; j += F::size) {
+      F total = set1(0.0f);
+      const float* column = projected.columns + j;
+      for (int n = 0; n < s.inner; ++n) total = fma(set1(v1.last[n]), load(column + n * s.low_lanes), total);
+      store(row + j, total);
+    }
     for (int j = 0; j < s.low; ++j) {
-      row[j] = inner_product(v0.difference + j * s.width, beta0 + j / s.low_head * s.width, s.width);
-      for (int n = 0; n < s.inner; ++n) row[j] += projected.columns[n * s.low_lanes + j] * v1.last[n];
+      row[j] += inner_product(v0.difference + j * s.width, beta0 + j / s.low_head * s.width, s.width);
     }
     for (int i = 0; i < s.low / O::pair; ++i) linear[i] = O::word(row[i * O::pair], row[i * O::pair + O::pair - 1]);
 

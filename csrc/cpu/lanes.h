@@ -197,6 +197,8 @@ struct Float32 {
     store(words, x);
     store(words + stride, y);
   }
+  // Consecutive numbers as words.
+  static void store_words(float* words, F x) { store(words, x); }
   // Consecutive pixels `x` and `y` of one row.
   static void store_pixels(float* words, F x, F y) {
     store(words, x);
@@ -251,6 +253,9 @@ struct BFloat16 {
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(words, _mm512_permutexvar_epi16(order, both));
   }
+  static void store_words(float* words, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), (__m256i)_mm512_cvtneps_pbh(x.v));
+  }
   static void store_pixels(float* words, F x, F y) {
     _mm512_storeu_si512(words, (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v));
   }
@@ -267,6 +272,11 @@ struct BFloat16 {
     store(a, x);
     store(b, y);
     for (int i = 0; i < F::size; ++i) words[i] = word(a[i], b[i]);
+  }
+  static void store_words(float* words, F x) {
+    float row[F::size];
+    store(row, x);
+    for (int i = 0; i < F::size / 2; ++i) words[i] = word(row[2 * i], row[2 * i + 1]);
   }
   static void store_pixels(float* words, F x, F y) {
     float row[2 * F::size];

@@ -4,6 +4,7 @@ from .compact import compact
 from .decode_sweeps import decode_sweep0, decode_sweep1, decode_sweep2
 from .decode_upscale import decode_upscale
 from .gated_attention import gated_attention, query_maps
+from .mask_clean import mask_clean
 from .mask_match import mask_iou, mask_match
 from .mask_measure import mask_measure, mask_pack
 from .nms import nms
@@ -16,6 +17,7 @@ __all__ = [
     "decode_sweep2",
     "decode_upscale",
     "gated_attention",
+    "mask_clean",
     "mask_iou",
     "mask_match",
     "mask_measure",

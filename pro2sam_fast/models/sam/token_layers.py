@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ...ops import gated_attention
 from ..cpu import PackedLinear
 
 __all__ = ["TokenLayer", "pack", "perceptron"]
@@ -49,12 +50,8 @@ class TokenLayer:
 
     def self_attention(self, qk: Tensor, v: Tensor, heads: int) -> Tensor:
         """Attention among the tokens of each prompt: (g, T, D) with and without positions -> (g, T, D)."""
-        q, k, v = (
-            x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-            for x in (*self.own_query_key(qk).chunk(2, dim=-1), self.own_value(v))
-        )
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        return self.own_out((weights @ v).transpose(1, 2).flatten(2))
+        q, k = self.own_query_key(qk).chunk(2, dim=-1)
+        return self.own_out(gated_attention(q, k, self.own_value(v), heads, 0, gate=False)[0])
 
     def finish(self, q: Tensor, attended: Tensor) -> Tensor:
         """What comes behind token-to-image attention: output projection, norm, MLP, norm."""
