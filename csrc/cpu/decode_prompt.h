@@ -68,8 +68,10 @@ struct LowRank {
 // A low-rank factor times a matrix (I, count): `columns` (count, low lanes) and `constant` (count), for its last rows.
 struct Projected {
   float *columns, *constant;
+  float* rows;  // (low lanes, F::size), of the columns at hand
   void place(const Dims& s, int count, Arena& arena) {
     columns = arena.take(int64_t(count) * s.low_lanes);
+    rows = arena.take(int64_t(s.low_lanes) * F::size);
     constant = arena.take(count);
   }
   void set(const Dims& s, const LowRank& v, const float* map, int count) {
@@ -77,17 +79,28 @@ struct Projected {
       F total = set1(0.0f);
       for (int i = 0; i < s.inner; ++i) total = fma(set1(v.last[i]), load(map + int64_t(i) * count + n), total);
       store(constant + n, total);
+      for (int j = s.low; j < s.low_lanes; ++j) store(rows + j * F::size, set1(0.0f));
+      for (int h = 0; h < s.heads; ++h) {
+        const float* m = map + int64_t(h) * s.width * count + n;
+        for_blocks<kRows>(s.low_head, [&](auto block, int t) {
+          constexpr int N = decltype(block)::value;
+          const int j = h * s.low_head + t;
+          const float* difference = v.difference + j * s.width;
+          F sum[N];
+#pragma GCC unroll 8
+          for (int r = 0; r < N; ++r) sum[r] = set1(0.0f);
+          for (int c = 0; c < s.width; ++c) {
+            const F x = load(m + int64_t(c) * count);
+#pragma GCC unroll 8
+            for (int r = 0; r < N; ++r) sum[r] = fma(set1(difference[r * s.width + c]), x, sum[r]);
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < N; ++r) store(rows + (j + r) * F::size, sum[r]);
+        });
+      }
       for (int first = 0; first < s.low_lanes; first += F::size) {
         F square[F::size];
-        for (int r = 0; r < F::size; ++r) {
-          const int j = first + r;
-          square[r] = set1(0.0f);
-          if (j >= s.low) continue;
-          const float* m = map + int64_t(j / s.low_head * s.width) * count + n;
-          for (int c = 0; c < s.width; ++c) {
-            square[r] = fma(set1(v.difference[j * s.width + c]), load(m + int64_t(c) * count), square[r]);
-          }
-        }
+        for (int r = 0; r < F::size; ++r) square[r] = load(rows + (first + r) * F::size);
         transpose(square);
         for (int i = 0; i < F::size; ++i) store(columns + (n + i) * s.low_lanes + first, square[i]);
       }
