@@ -150,8 +150,7 @@ def _mask_clean_cpu(masks, width, min_area):
 
 
 register(
-    "mask_clean(Tensor masks, SymInt width, float min_area, *, "
-    'str backend="auto") -> (Tensor cleaned, Tensor changed)',
+    'mask_clean(Tensor masks, SymInt width, float min_area, *, str backend="auto") -> (Tensor cleaned, Tensor changed)',
     _check_mask_clean,
     {"reference": _mask_clean, "cpu": _mask_clean_cpu},
     _empty_mask_clean,
