@@ -70,27 +70,23 @@ def linear(
 
 
 class PackedLinear:
-    """``act(x @ weight.T + bias + add)`` with weights laid out for oneDNN once, without gradient.
+    """``act(x @ weight.T + bias)`` with weights laid out for oneDNN once, without gradient.
 
     Args:
-        weight: (M, K). bias: (M,) or None. Both of the dtype of operands and results.
+        weight: (M, K). bias: (M,). Both of the dtype of operands and results.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight.detach().contiguous(), None if bias is None else bias.detach()
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight.detach().contiguous(), bias.detach()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight) if _onednn(self.weight) else None
 
-    def __call__(self, x: Tensor, act: str = "none", *, add: Tensor | None = None) -> Tensor:
-        """(..., K) of any floating dtype -> (..., M). act: "none", "relu" or "relu6"; "none" with add (..., M)."""
+    def __call__(self, x: Tensor, act: str = "none") -> Tensor:
+        """(..., K) of any floating dtype -> (..., M); ``act`` is "none", "relu" or "relu6"."""
         x = x.to(self.weight.dtype)
         if self.packed is None or x.numel() == 0:
             x = F.linear(x, self.weight, self.bias)
-            x = x if add is None else x + add
             return x if act == "none" else getattr(F, act)(x)
-        x = x.contiguous()
-        if add is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), self.packed, self.bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *_ACTIVATIONS[act], "")
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, *_ACTIVATIONS[act], "")
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int, relu6: bool) -> Tensor:

@@ -41,6 +41,43 @@ def test_linear(onednn, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 63, 33), (7, 129, 1), (0, 3, 2)])
+def test_packed_linear(onednn, dtype, shape):
+    n, k, m = shape
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((n, 2, k), (m, k), (m,)))
+    exact = x.double() @ weight.double().T + bias.double()
+    layer = cpu.PackedLinear(weight, bias)
+    cases = [
+        (layer(x), exact),
+        (layer(x.float()), exact),
+        (layer(x.transpose(0, 1)).transpose(0, 1), exact),
+        (layer(x, "relu"), exact.relu()),
+        (layer(x, "relu6"), F.relu6(exact)),
+    ]
+    row = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    for found, expected in cases:
+        assert found.dtype == dtype and found.shape == expected.shape
+        torch.testing.assert_close(found.double(), expected, rtol=row, atol=row * k**0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_linear_does_not_depend_on_threads(dtype):
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    for n, k, m in ((448, 2048, 256), (448, 256, 2048), (64, 256, 4), (49, 1152, 320)):
+        weight, bias, x = (torch.randn(s, dtype=dtype) for s in ((m, k), (m,), (n, k)))
+        layer = cpu.PackedLinear(weight, bias)
+        expected = layer(x)
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            try:
+                assert torch.equal(layer(x), expected), (n, k, m, count)
+            finally:
+                torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_takes_any_strides(dtype):
     torch.manual_seed(0)
     x, weight, add = torch.randn(9, 3, 20, dtype=dtype)[:, 1], torch.randn(20, 11, dtype=dtype).T, torch.randn(11, 9).T
