@@ -74,15 +74,15 @@ void copy_queries(const GatedAttentionArgs& args, int64_t item, float* to) {
 constexpr int kQueriesAtOnce = 4;
 
 template <class T>
-void maps(const GatedAttentionArgs& args, int64_t item, float* workspace) {
+void maps(const GatedAttentionArgs& args, int64_t item, int64_t begin, int64_t end, float* workspace) {
   float* query_q = workspace + scratch_of(args).query_q;
   copy_queries<T>(args, item, query_q);
   const int64_t pitch = padded(args.dim);
   const float scale = 1.0f / (root(static_cast<float>(args.dim / args.heads)) * static_cast<float>(args.heads));
-  float* out = args.maps + item * args.queries * args.n;
   for (int64_t g = 0; g < args.queries; g += kQueriesAtOnce) {
     const int64_t high = at_most(kQueriesAtOnce, args.queries - g);
-    for (int64_t j = 0; j < args.n; ++j) {
+    float* out = args.maps + (item * args.queries + g) * args.n;
+    for (int64_t j = begin; j < end; ++j) {
       const T* k = static_cast<const T*>(args.k) + item * args.k_item + j * args.k_row;
       Floats sums[kQueriesAtOnce];
       for (auto& x : sums) x = splat(0.0f);
@@ -92,40 +92,61 @@ void maps(const GatedAttentionArgs& args, int64_t item, float* workspace) {
           sums[i] = fused(load(query_q + (g + at_most(i, high - 1)) * pitch + c), x, sums[i]);
         }
       }
-      for (int i = 0; i < high; ++i) out[(g + i) * args.n + j] = sum(sums[i]) * scale;
+      for (int i = 0; i < high; ++i) out[i * args.n + j] = sum(sums[i]) * scale;
     }
-  }
-  for (int64_t j = 0; j < args.queries * args.n; j += kLanes) {
-    const int64_t here = args.queries * args.n - j;
     const Floats one = splat(1.0f);
-    store_up_to(out + j, one / (one + exp2(load_up_to(out + j, here) * splat(-kLog2E))), here);
+    for (int i = 0; i < high; ++i) {
+      for (int64_t j = begin; j < end; j += kLanes) {
+        float* x = out + i * args.n + j;
+        store_up_to(x, one / (one + exp2(load_up_to(x, end - j) * splat(-kLog2E))), end - j);
+      }
+    }
   }
 }
 
-// A row of logits -> exp(scale (x - largest)), in place, 0 beyond n. Returns the sum and its logarithm.
+// Weights of `Unit` from 2^x: as exact as what holds them.
 template <class Unit>
-inline float softmax(float* row, int64_t n, float scale, float* lse) {
-  const int64_t last = (n - 1) / kLanes * kLanes;
-  const Floats none = splat(-__builtin_inff());
-  const Floats end = before(last, n) ? load(row + last) : none;
-  store(row + last, end);
-  Floats top = end;
-  for (int64_t j = 0; j < last; j += kLanes) top = larger(top, load(row + j));
-  const float most = largest(top);
-  const Floats offset = splat(most), factor = splat(scale * kLog2E);
-  Floats total = splat(0.0f);
-  for (int64_t j = 0; j <= last; j += kLanes) {
-    const Floats p = exp2((load(row + j) - offset) * factor);
-    total += p;
-    if constexpr (Unit::per_unit == 1) {
-      store(row + j, p);
-    } else {
-      store(reinterpret_cast<Bf16*>(row) + j, p);  // never ahead of what is read
-    }
+inline Floats weights(Floats x) {
+  if constexpr (Unit::per_unit == 1) {
+    return exp2(x);
+  } else {
+    return exp2_for_bf16(x);
   }
-  const float all = sum(total);
-  *lse = most * scale + __builtin_logf(all);
-  return all;
+}
+
+// Rows of logits -> exp(scale (x - largest of its row)), in place, 0 beyond n. Gives the sums' inverses and logarithms.
+template <class Unit>
+inline void softmax(float* logits, int64_t rows, int64_t pitch, int64_t n, float scale, float* lse, float* inverse) {
+  const int64_t last = (n - 1) / kLanes * kLanes;
+  float most[kQueryRows], sums[kQueryRows];
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = logits + i * pitch;
+    const Floats end = before(last, n) ? load(row + last) : splat(-__builtin_inff());
+    store(row + last, end);
+    Floats top = end;
+    for (int64_t j = 0; j < last; j += kLanes) top = larger(top, load(row + j));
+    most[i] = largest(top) * (scale * kLog2E);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = logits + i * pitch;
+    const Floats offset = splat(-most[i]), factor = splat(scale * kLog2E);
+    Floats total = splat(0.0f);
+    for (int64_t j = 0; j <= last; j += kLanes) {
+      const Floats p = weights<Unit>(fused(load(row + j), factor, offset));
+      total += p;
+      if constexpr (Unit::per_unit == 1) {
+        store(row + j, p);
+      } else {
+        store(reinterpret_cast<Bf16*>(row) + j, p);  // never ahead of what is read
+      }
+    }
+    sums[i] = sum(total);
+  }
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const Floats all = load_up_to(sums + i, rows - i);
+    store_up_to(lse + i, (load_up_to(most + i, rows - i) + log2(all)) * splat(kLn2), rows - i);
+    store_up_to(inverse + i, splat(1.0f) / all, rows - i);
+  }
 }
 
 template <class Unit, class T>
@@ -141,17 +162,17 @@ void attend(const GatedAttentionArgs& args, int64_t item, int64_t index, int64_t
   pack_rows<Unit>(head.v_rows(gate), v_rows);
   for (int64_t first = begin; first < end; first += kQueryRows) {
     const int64_t rows = at_most(kQueryRows, end - first);
+    const Rows<T> out_rows = head.out_rows(args.out, first, rows);
+    for (int64_t i = 0; i < rows; ++i) prefetch<1>(out_rows.row(i), d);
     pack_left<Unit>(head.q_rows(first, rows), wide_d, left);
     product<Unit>({left, wide_d, 1}, rows, k_columns, d_units, vectors_of(n), {logits, wide_n, false});
-    float totals[kQueryRows];
-    for (int64_t i = 0; i < rows; ++i) {
-      totals[i] = softmax<Unit>(logits + i * wide_n, n, head.scale(), head.lse() + first + i);
-    }
+    float inverse[kQueryRows];
+    softmax<Unit>(logits, rows, wide_n, n, head.scale(), head.lse() + first, inverse);
     product<Unit>({logits, wide_n, 1}, rows, v_rows, key_units, vectors_of(d), {block, wide_d, false});
     for (int64_t i = 0; i < rows; ++i) {
-      T* out = const_cast<T*>(head.out_rows(args.out, first, rows).row(i));
-      const Floats inverse = splat(1.0f / totals[i]);
-      for (int64_t c = 0; c < d; c += kLanes) store_up_to(out + c, load(block + i * wide_d + c) * inverse, d - c);
+      T* out = const_cast<T*>(out_rows.row(i));
+      const Floats gain = splat(inverse[i]);
+      for (int64_t c = 0; c < d; c += kLanes) store_up_to(out + c, load(block + i * wide_d + c) * gain, d - c);
     }
   }
 }
@@ -346,8 +367,9 @@ namespace p2s {
 
 using namespace ::P2S_ISA;
 
-const char* P2S_NAME(gated_maps)(const GatedAttentionArgs& args, int64_t item, float* workspace) {
-  args.bf16 ? maps<Bf16>(args, item, workspace) : maps<float>(args, item, workspace);
+const char* P2S_NAME(gated_maps)(const GatedAttentionArgs& args, int64_t item, int64_t begin, int64_t end,
+                                 float* workspace) {
+  args.bf16 ? maps<Bf16>(args, item, begin, end, workspace) : maps<float>(args, item, begin, end, workspace);
   return kIsaName;
 }
 

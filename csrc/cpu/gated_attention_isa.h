@@ -5,12 +5,13 @@
 namespace p2s {
 
 // The serial parts of gated_attention, once per instruction set. Each returns the name of its instruction set.
-//   maps           the maps of one item of the batch
+//   maps           the maps of one item of the batch, for the keys [begin, end)
 //   head           out and lse of one head of one item, for the output rows [begin, end)
 //   backward_head  the gradients through attention of one head of one item
 //   backward_maps  of one item: adds the gradients through the maps; needs all its heads to be done
 #define P2S_DECLARE(isa)                                                                                               \
-  const char* gated_maps_##isa(const GatedAttentionArgs& args, int64_t item, float* workspace);                        \
+  const char* gated_maps_##isa(const GatedAttentionArgs& args, int64_t item, int64_t begin, int64_t end,               \
+                               float* workspace);                                                                      \
   const char* gated_head_##isa(const GatedAttentionArgs& args, int64_t item, int64_t head, int64_t begin, int64_t end, \
                                float* workspace);                                                                      \
   const char* gated_backward_head_##isa(const GatedAttentionGradArgs& args, int64_t item, int64_t head,                \
