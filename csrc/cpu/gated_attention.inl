@@ -104,16 +104,6 @@ void maps(const GatedAttentionArgs& args, int64_t item, int64_t begin, int64_t e
   }
 }
 
-// Weights of `Unit` from 2^x: as exact as what holds them.
-template <class Unit>
-inline Floats weights(Floats x) {
-  if constexpr (Unit::per_unit == 1) {
-    return exp2(x);
-  } else {
-    return exp2_for_bf16(x);
-  }
-}
-
 // Rows of logits -> exp(scale (x - largest of its row)), in place, 0 beyond n. Gives the sums' inverses and logarithms.
 template <class Unit>
 inline void softmax(float* logits, int64_t rows, int64_t pitch, int64_t n, float scale, float* lse, float* inverse) {
@@ -132,7 +122,7 @@ inline void softmax(float* logits, int64_t rows, int64_t pitch, int64_t n, float
     const Floats offset = splat(-most[i]), factor = splat(scale * kLog2E);
     Floats total = splat(0.0f);
     for (int64_t j = 0; j <= last; j += kLanes) {
-      const Floats p = weights<Unit>(fused(load(row + j), factor, offset));
+      const Floats p = Unit::exp2(fused(load(row + j), factor, offset));
       total += p;
       if constexpr (Unit::per_unit == 1) {
         store(row + j, p);
@@ -201,13 +191,14 @@ struct TileWeights {
 };
 
 struct RowTerms {
-  float lse, delta;  // logarithm of the softmax's sum, sum over channels of out * grad_out
+  float offset, delta;  // -log2 of the softmax's sum, sum over channels of out * grad_out
 };
 
 // p and ds of `Unit::per_unit` rows from row i on, for which logits hold q.k and grad_logits grad_out.v. In pairs, rows
 // from `count` on count as zero.
 template <class Unit>
-inline void weigh(const TileWeights<Unit>& tile, int64_t i, int64_t count, int64_t n, float scale, const RowTerms* terms) {
+inline void weigh(const TileWeights<Unit>& tile, int64_t i, int64_t count, int64_t n, float scale,
+                  const RowTerms* terms) {
   constexpr int kRows = Unit::per_unit;
   for (int64_t j = 0; j < n; j += kLanes) {
     Floats p[kRows], ds[kRows];
@@ -217,7 +208,7 @@ inline void weigh(const TileWeights<Unit>& tile, int64_t i, int64_t count, int64
         continue;
       }
       const int64_t here = (i + r) * tile.pitch + j;
-      const Floats x = exp2(fused(load(tile.logits + here), splat(scale), splat(-terms[r].lse)) * splat(kLog2E));
+      const Floats x = Unit::exp2(fused(load(tile.logits + here), splat(scale * kLog2E), splat(terms[r].offset)));
       p[r] = before(j, n) ? x : splat(0.0f);
       ds[r] = p[r] * (load(tile.grad_logits + here) - splat(terms[r].delta));
     }
@@ -241,7 +232,7 @@ void attend_backward(const GatedAttentionGradArgs& grads, int64_t item, int64_t 
   const GatedScratch at = scratch_of(args);
   const Head<T> head{args, item, index};
   const int64_t n = args.n, d = head.d(), wide_d = padded(d), wide_n = padded(n);
-  const int64_t d_units = units_of(d, Unit::per_unit);
+  const int64_t key_units = units_of(n, Unit::per_unit), d_units = units_of(d, Unit::per_unit);
   const float scale = head.scale();
   float *k_columns = workspace + at.k_columns, *v_columns = workspace + at.v_columns, *k_rows = workspace + at.v_rows;
   float *left = workspace + at.left, *right = workspace + at.right, *block = workspace + at.block;
@@ -258,8 +249,8 @@ void attend_backward(const GatedAttentionGradArgs& grads, int64_t item, int64_t 
       std::memset(grad_q + i * args.dim, 0, static_cast<size_t>(d) * sizeof(T));
     }
   }
-  for (int64_t first = 0; first < args.rows; first += kQueryRows) {
-    const int64_t rows = at_most(kQueryRows, args.rows - first), row_units = units_of(rows, Unit::per_unit);
+  for (int64_t first = 0; first < args.rows; first += at.grad_rows) {
+    const int64_t rows = at_most(at.grad_rows, args.rows - first), row_units = units_of(rows, Unit::per_unit);
     const Rows<T> q = head.q_rows(first, rows), out = head.out_rows(args.out, first, rows);
     const Rows<T> grad_out = head.out_rows(grads.grad_out, first, rows);
     pack_left<Unit>(q, wide_d, left);
@@ -270,11 +261,11 @@ void attend_backward(const GatedAttentionGradArgs& grads, int64_t item, int64_t 
       RowTerms terms[Unit::per_unit];
       for (int64_t r = 0; r < at_most(Unit::per_unit, rows - i); ++r) {
         out.prefetch_after(i + r);
-        terms[r] = {head.lse()[first + i + r], dot(grad_out.row(i + r), out.row(i + r), d)};
+        terms[r] = {head.lse()[first + i + r] * -kLog2E, dot(grad_out.row(i + r), out.row(i + r), d)};
       }
       weigh(tile, i, rows - i, n, scale, terms);
     }
-    product<Unit>(tile.grads_by_row(), rows, k_rows, units_of(n, Unit::per_unit), vectors_of(d), {block, wide_d, false});
+    product<Unit>(tile.grads_by_row(), rows, k_rows, key_units, vectors_of(d), {block, wide_d, false});
     for (int64_t i = 0; i < rows; ++i) {
       T* to = grad_q + (args.first_row + first + i) * args.dim;
       for (int64_t c = 0; c < d; c += kLanes) {
@@ -309,6 +300,7 @@ void maps_backward(const GatedAttentionGradArgs& grads, int64_t item, float* wor
   const GatedScratch at = scratch_of(args);
   const int64_t n = args.n, dim = args.dim, queries = args.queries, pitch = padded(dim);
   float *gate = workspace + at.gate, *query_q = workspace + at.query_q, *grad_z = workspace + at.grad_z;
+  float* query_grad = workspace + at.query_grad;
   const float scale = 1.0f / (root(static_cast<float>(dim / args.heads)) * static_cast<float>(args.heads));
   for (int64_t j = 0; j < n; ++j) gate[j] = 0.0f;
   for (int64_t h = 0; args.gate && h < args.heads; ++h) {
@@ -324,28 +316,25 @@ void maps_backward(const GatedAttentionGradArgs& grads, int64_t item, float* wor
   copy_queries<T>(args, item, query_q);
   T* grad_k = static_cast<T*>(grads.grad_k) + item * n * dim;
   T* grad_q = static_cast<T*>(grads.grad_q) + (item * n + n - queries) * dim;
-  for (int64_t c = 0; c < dim; c += kLanes) {
-    const int64_t here = dim - c;
-    for (int64_t j = 0; j < n; ++j) {
+  for (int64_t j = 0; j < n; ++j) {
+    const T* k = static_cast<const T*>(args.k) + item * args.k_item + j * args.k_row;
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      const int64_t here = dim - c;
       Floats total = load_up_to(grad_k + j * dim + c, here);
+      const Floats x = load_up_to(k + c, here);
       for (int64_t g = 0; g < queries; ++g) {
-        total = fused(splat(grad_z[g * n + j]), load(query_q + g * pitch + c), total);
+        const Floats z = splat(grad_z[g * n + j]);
+        float* grad = query_grad + g * pitch + c;
+        total = fused(z, load(query_q + g * pitch + c), total);
+        store(grad, fused(z, x, j == 0 ? splat(0.0f) : load(grad)));
       }
       store_up_to(grad_k + j * dim + c, total, here);
     }
-    for (int64_t g = 0; g < queries; g += kQueriesAtOnce) {
-      const int64_t high = at_most(kQueriesAtOnce, queries - g);
-      Floats totals[kQueriesAtOnce];
-      for (int i = 0; i < kQueriesAtOnce; ++i) {
-        totals[i] = load_up_to(grad_q + (g + at_most(i, high - 1)) * dim + c, here);
-      }
-      for (int64_t j = 0; j < n; ++j) {
-        const Floats x = load_up_to(static_cast<const T*>(args.k) + item * args.k_item + j * args.k_row + c, here);
-        for (int i = 0; i < kQueriesAtOnce; ++i) {
-          totals[i] = fused(splat(grad_z[(g + at_most(i, high - 1)) * n + j]), x, totals[i]);
-        }
-      }
-      for (int i = 0; i < high; ++i) store_up_to(grad_q + (g + i) * dim + c, totals[i], here);
+  }
+  for (int64_t g = 0; g < queries; ++g) {
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      T* to = grad_q + g * dim + c;
+      store_up_to(to, load_up_to(to, dim - c) + load(query_grad + g * pitch + c), dim - c);
     }
   }
 }

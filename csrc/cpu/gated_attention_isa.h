@@ -30,6 +30,7 @@ namespace {
 // Scratch of one thread, in floats; the same for every instruction set. n and d are padded to whole vectors of 16.
 struct GatedScratch {
   static constexpr int64_t kQueryRows = 48;  // rows of q that pass at a time
+  static constexpr int64_t kMostGradRows = 102, kMostGradWeights = 24576;  // of the backward pass
 
   static constexpr int64_t round_up(int64_t x) { return (x + 15) / 16 * 16; }
 
@@ -40,26 +41,31 @@ struct GatedScratch {
       total += round_up(count);
       return start;
     };
+    // More rows at a time save passes over the gradients of k and v; three arrays of weights must stay in the cache.
+    grad_rows = kMostGradWeights / wide_n < kQueryRows      ? kQueryRows
+                : kMostGradWeights / wide_n < kMostGradRows ? kMostGradWeights / wide_n / 6 * 6
+                                                            : kMostGradRows;
     gate = next(wide_n);
     stage = next(4 * wide_d);
     k_columns = next(all);
     v_rows = next(all);
-    left = next(kQueryRows * wide_d);
-    logits = next(kQueryRows * wide_n);
-    block = next(kQueryRows * wide_d);
+    left = next(grad_rows * wide_d);
+    logits = next(grad_rows * wide_n);
+    block = next(grad_rows * wide_d);
     v_columns = next(all);
     grad_k = next(all);
     grad_v = next(all);
-    right = next(kQueryRows * wide_d);
-    grad_logits = next(kQueryRows * wide_n);
-    paired = next(kQueryRows * wide_n);
+    right = next(grad_rows * wide_d);
+    grad_logits = next(grad_rows * wide_n);
+    paired = next(grad_rows * wide_n);
     query_q = next(queries * round_up(dim));
+    query_grad = next(queries * round_up(dim));
     grad_z = next(queries * wide_n);
   }
 
-  int64_t total = 0, gate, stage, k_columns, v_rows, left, logits, block;
+  int64_t total = 0, grad_rows, gate, stage, k_columns, v_rows, left, logits, block;
   int64_t v_columns, grad_k, grad_v, right, grad_logits, paired;
-  int64_t query_q, grad_z;
+  int64_t query_q, query_grad, grad_z;
 };
 
 }  // namespace

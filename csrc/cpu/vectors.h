@@ -182,18 +182,6 @@ inline Floats exp2(Floats x) {
 #endif
 }
 
-#if defined(__AVX512BF16__)
-// The same with a relative error below 8e-5, a thirtieth of a bfloat16's last place.
-inline Floats exp2_for_bf16(Floats x) {
-  const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-  Floats y = splat(7.802454501e-2f);
-  y = fused(y, f, splat(2.260671378e-1f));
-  y = fused(y, f, splat(6.958335385e-1f));
-  y = fused(y, f, splat(9.999252179e-1f));
-  return (Floats)_mm512_scalef_ps((__m512)y, (__m512)x);
-}
-#endif
-
 // Logarithm to the base of two of normal numbers; NaN stays. With t = (m - 1) / (m + 1) for a mantissa m in [sqrt(1/2),
 // sqrt(2)), ln m = 2 (t + t^3/3 + t^5/5 + ...).
 inline Floats log2(Floats x) {
