@@ -148,13 +148,17 @@ void attend(const GatedAttentionArgs& args, int64_t item, int64_t index, int64_t
   float *k_columns = workspace + at.k_columns, *v_rows = workspace + at.v_rows, *left = workspace + at.left;
   float *logits = workspace + at.logits, *block = workspace + at.block;
   const float* gate = mean_map(args, item, workspace + at.gate);
+  // What a tile reads is asked for one step ahead, what it writes at its start.
+  const auto q_rows = [&](int64_t first) { return head.q_rows(first, at_most(kQueryRows, end - first)); };
+  if (begin < end) q_rows(begin).prefetch_all();
   pack_transposed<Unit>(head.k_rows(), workspace + at.stage, k_columns);
   pack_rows<Unit>(head.v_rows(gate), v_rows);
   for (int64_t first = begin; first < end; first += kQueryRows) {
     const int64_t rows = at_most(kQueryRows, end - first);
     const Rows<T> out_rows = head.out_rows(args.out, first, rows);
-    for (int64_t i = 0; i < rows; ++i) prefetch<1>(out_rows.row(i), d);
-    pack_left<Unit>(head.q_rows(first, rows), wide_d, left);
+    out_rows.template prefetch_all<1>();
+    pack_left<Unit>(q_rows(first), wide_d, left);
+    if (first + rows < end) q_rows(first + rows).prefetch_all();
     product<Unit>({left, wide_d, 1}, rows, k_columns, d_units, vectors_of(n), {logits, wide_n, false});
     float inverse[kQueryRows];
     softmax<Unit>(logits, rows, wide_n, n, head.scale(), head.lse() + first, inverse);

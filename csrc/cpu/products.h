@@ -138,6 +138,10 @@ struct Rows {
 
   const T* row(int64_t i) const { return first + i * stride; }
   float gain(int64_t i) const { return gains ? gains[i] : 1.0f; }
+  template <int kWrite = 0>
+  void prefetch_all() const {
+    for (int64_t i = 0; i < count; ++i) prefetch<kWrite>(row(i), channels);
+  }
   void prefetch_after(int64_t i) const { prefetch(row(at_most(i + kRowsAhead, count - 1)), channels); }
 };
 
