@@ -1,5 +1,6 @@
 #include "binding.h"
 #include "p2s/isa.h"
+#include "p2s/threads.h"
 
 namespace p2s {
 
@@ -31,6 +32,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "isa_force", [](const std::string& name) { raise_unless_ok(isa_force(name.c_str()), name.c_str()); },
       py::arg("name"), "Make `name` the active instruction set of this process.");
+  m.def("openmp_used", &openmp_used, "Whether the OpenMP runtime that the process holds shares work out.");
+  m.def("openmp_allow", &openmp_allow, py::arg("allowed"), "False makes this process use threads of its own instead.");
 
   bind_decode(m);
   bind_gated_attention(m);
