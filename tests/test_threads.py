@@ -1,4 +1,4 @@
-"""Work is shared out by torch's OpenMP team where there is one, by threads of our own elsewhere: the results are equal."""
+"""Torch's OpenMP team shares work out where there is one, threads of our own elsewhere: the results are equal."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +26,7 @@ def results(threads):
     torch.set_num_threads(threads)
     try:
         generator = torch.Generator().manual_seed(0)
-        masks = pack_masks(random_masks(600, 64, 70))
+        masks = pack_masks(random_masks(600, 64, 70)).flatten(1)
         logits = torch.randn((7, 16, 16), generator=generator)
         qkv = torch.randn((3, 70, 96), generator=generator).requires_grad_()
         out, maps = gated_attention(*qkv.chunk(3, -1), 2, 3, backend="cpu")
