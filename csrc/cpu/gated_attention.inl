@@ -352,10 +352,6 @@ using HalfUnit = Singles;
 }  // namespace P2S_ISA
 }  // namespace
 
-#define P2S_JOIN_(a, b) a##_##b
-#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
-#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
-
 namespace p2s {
 
 using namespace ::P2S_ISA;

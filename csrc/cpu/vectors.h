@@ -3,25 +3,10 @@
 // A vector of floats for the instruction set this translation unit is compiled for, and what attention needs of it.
 // Everything has internal linkage, see words.h, and what the compiler doesn't inline carries P2S_ISA in its name.
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "isa_unit.h"
 
 namespace {
 namespace P2S_ISA {
-
-#if defined(__AVX512BF16__)
-constexpr const char* kIsaName = "avx512bf16";
-#elif defined(__AVX512F__)
-constexpr const char* kIsaName = "avx512";
-#elif defined(__AVX2__)
-constexpr const char* kIsaName = "avx2";
-#else
-constexpr const char* kIsaName = "scalar";
-#endif
 
 // kLanes floats a vector; a register tile is kTileRows x kTileVectors, which leaves registers for its operands.
 #if defined(__AVX512F__)
