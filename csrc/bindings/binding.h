@@ -1,7 +1,7 @@
 #pragma once
 
-// What every file of bindings needs. One file and one `void bind_<op>(py::module_&)` for each op or family of ops, which
-// the module's own file, cpu.cpp or cuda.cpp, declares and calls.
+// What every file of bindings needs. Each op or family of ops has one file with a `void bind_<op>(py::module_&)`, which the
+// module's own file, cpu.cpp or cuda.cpp, declares and calls.
 
 #include <pybind11/pybind11.h>
 

@@ -1,19 +1,8 @@
 // Included by decode_sweeps_<isa>.cpp with P2S_ISA defined. Prompts of the same image go through the tiles of its bases
 // in small groups, so that a tile stays in the second-level cache while they pass by.
 
-#include <cstdint>
-
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include "decode_isa.h"
-
-#define P2S_TEXT_(x) #x
-#define P2S_TEXT(x) P2S_TEXT_(x)
-#define P2S_JOIN_(a, b) a##_##b
-#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
-#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
+#include "isa_unit.h"
 
 // The name of the instruction set is part of every function's name.
 namespace p2s {
@@ -105,7 +94,7 @@ int64_t sweep(const Args& args, const DecodeRange& range, float* workspace) {
 #define P2S_DEFINE(op, Sweep, Args)                                                                        \
   int64_t P2S_NAME(op)(const Args& args, const DecodeRange& range, float* workspace, const char** isa) {   \
     using namespace P2S_ISA;                                                                               \
-    *isa = P2S_TEXT(P2S_ISA);                                                                              \
+    *isa = kIsaName;                                                                                       \
     return args.shape.pair == 1 ? sweep<Float32, Sweep<Float32>>(args, range, workspace)                   \
                                 : sweep<BFloat16, Sweep<BFloat16>>(args, range, workspace);                \
   }

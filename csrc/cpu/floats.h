@@ -3,12 +3,7 @@
 // A vector of float32 for the instruction set this translation unit is compiled for, P2S_ISA. As in words.h, everything
 // has internal linkage.
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "isa_unit.h"
 
 namespace {
 inline namespace P2S_ISA {

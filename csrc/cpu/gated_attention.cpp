@@ -9,6 +9,8 @@
 namespace p2s {
 namespace {
 
+constexpr int64_t kKeysAtOnce = 128;  // of an item's maps
+
 // Heads of the batch below which the rows of one are shared out too.
 constexpr int64_t kHeadsPerThread = 2;
 
@@ -37,8 +39,11 @@ Status gated_attention_cpu(const GatedAttentionArgs& args, float* workspace, int
   const auto maps = P2S_DISPATCH_BF16(gated_maps);
   const auto head = P2S_DISPATCH_BF16(gated_head);
   const int64_t floats = workspace_of(args), heads = args.batch * args.heads;
-  share_out(args.queries > 0 ? args.batch : 0, threads, workspace, floats,
-            [&](int64_t item, float* scratch) { maps(args, item, scratch); });
+  const int64_t map_parts = args.queries > 0 ? (args.n + kKeysAtOnce - 1) / kKeysAtOnce : 0;
+  share_out(args.batch * map_parts, threads, workspace, floats, [&](int64_t i, float* scratch) {
+    const int64_t begin = i % map_parts * kKeysAtOnce;
+    maps(args, i / map_parts, begin, std::min(begin + kKeysAtOnce, args.n), scratch);
+  });
   std::atomic<const char*> ran{nullptr};
   const int64_t parts = heads < kHeadsPerThread * threads ? std::min<int64_t>(threads, args.rows) : 1;
   share_out(heads * parts, threads, workspace, floats, [&](int64_t i, float* scratch) {

@@ -74,15 +74,15 @@ void copy_queries(const GatedAttentionArgs& args, int64_t item, float* to) {
 constexpr int kQueriesAtOnce = 4;
 
 template <class T>
-void maps(const GatedAttentionArgs& args, int64_t item, float* workspace) {
+void maps(const GatedAttentionArgs& args, int64_t item, int64_t begin, int64_t end, float* workspace) {
   float* query_q = workspace + scratch_of(args).query_q;
   copy_queries<T>(args, item, query_q);
   const int64_t pitch = padded(args.dim);
   const float scale = 1.0f / (root(static_cast<float>(args.dim / args.heads)) * static_cast<float>(args.heads));
-  float* out = args.maps + item * args.queries * args.n;
   for (int64_t g = 0; g < args.queries; g += kQueriesAtOnce) {
     const int64_t high = at_most(kQueriesAtOnce, args.queries - g);
-    for (int64_t j = 0; j < args.n; ++j) {
+    float* out = args.maps + (item * args.queries + g) * args.n;
+    for (int64_t j = begin; j < end; ++j) {
       const T* k = static_cast<const T*>(args.k) + item * args.k_item + j * args.k_row;
       Floats sums[kQueriesAtOnce];
       for (auto& x : sums) x = splat(0.0f);
@@ -92,40 +92,51 @@ void maps(const GatedAttentionArgs& args, int64_t item, float* workspace) {
           sums[i] = fused(load(query_q + (g + at_most(i, high - 1)) * pitch + c), x, sums[i]);
         }
       }
-      for (int i = 0; i < high; ++i) out[(g + i) * args.n + j] = sum(sums[i]) * scale;
+      for (int i = 0; i < high; ++i) out[i * args.n + j] = sum(sums[i]) * scale;
     }
-  }
-  for (int64_t j = 0; j < args.queries * args.n; j += kLanes) {
-    const int64_t here = args.queries * args.n - j;
     const Floats one = splat(1.0f);
-    store_up_to(out + j, one / (one + exp2(load_up_to(out + j, here) * splat(-kLog2E))), here);
+    for (int i = 0; i < high; ++i) {
+      for (int64_t j = begin; j < end; j += kLanes) {
+        float* x = out + i * args.n + j;
+        store_up_to(x, one / (one + exp2(load_up_to(x, end - j) * splat(-kLog2E))), end - j);
+      }
+    }
   }
 }
 
-// A row of logits -> exp(scale (x - largest)), in place, 0 beyond n. Returns the sum and its logarithm.
+// Rows of logits -> exp(scale (x - largest of its row)), in place, 0 beyond n. Gives the sums' inverses and logarithms.
 template <class Unit>
-inline float softmax(float* row, int64_t n, float scale, float* lse) {
+inline void softmax(float* logits, int64_t rows, int64_t pitch, int64_t n, float scale, float* lse, float* inverse) {
   const int64_t last = (n - 1) / kLanes * kLanes;
-  const Floats none = splat(-__builtin_inff());
-  const Floats end = before(last, n) ? load(row + last) : none;
-  store(row + last, end);
-  Floats top = end;
-  for (int64_t j = 0; j < last; j += kLanes) top = larger(top, load(row + j));
-  const float most = largest(top);
-  const Floats offset = splat(most), factor = splat(scale * kLog2E);
-  Floats total = splat(0.0f);
-  for (int64_t j = 0; j <= last; j += kLanes) {
-    const Floats p = exp2((load(row + j) - offset) * factor);
-    total += p;
-    if constexpr (Unit::per_unit == 1) {
-      store(row + j, p);
-    } else {
-      store(reinterpret_cast<Bf16*>(row) + j, p);  // never ahead of what is read
-    }
+  float most[kQueryRows], sums[kQueryRows];
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = logits + i * pitch;
+    const Floats end = before(last, n) ? load(row + last) : splat(-__builtin_inff());
+    store(row + last, end);
+    Floats top = end;
+    for (int64_t j = 0; j < last; j += kLanes) top = larger(top, load(row + j));
+    most[i] = largest(top) * (scale * kLog2E);
   }
-  const float all = sum(total);
-  *lse = most * scale + __builtin_logf(all);
-  return all;
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = logits + i * pitch;
+    const Floats offset = splat(-most[i]), factor = splat(scale * kLog2E);
+    Floats total = splat(0.0f);
+    for (int64_t j = 0; j <= last; j += kLanes) {
+      const Floats p = Unit::exp2(fused(load(row + j), factor, offset));
+      total += p;
+      if constexpr (Unit::per_unit == 1) {
+        store(row + j, p);
+      } else {
+        store(reinterpret_cast<Bf16*>(row) + j, p);  // never ahead of what is read
+      }
+    }
+    sums[i] = sum(total);
+  }
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const Floats all = load_up_to(sums + i, rows - i);
+    store_up_to(lse + i, (load_up_to(most + i, rows - i) + log2(all)) * splat(kLn2), rows - i);
+    store_up_to(inverse + i, splat(1.0f) / all, rows - i);
+  }
 }
 
 template <class Unit, class T>
@@ -137,21 +148,25 @@ void attend(const GatedAttentionArgs& args, int64_t item, int64_t index, int64_t
   float *k_columns = workspace + at.k_columns, *v_rows = workspace + at.v_rows, *left = workspace + at.left;
   float *logits = workspace + at.logits, *block = workspace + at.block;
   const float* gate = mean_map(args, item, workspace + at.gate);
+  // What a tile reads is asked for one step ahead, what it writes at its start.
+  const auto q_rows = [&](int64_t first) { return head.q_rows(first, at_most(kQueryRows, end - first)); };
+  if (begin < end) q_rows(begin).prefetch_all();
   pack_transposed<Unit>(head.k_rows(), workspace + at.stage, k_columns);
   pack_rows<Unit>(head.v_rows(gate), v_rows);
   for (int64_t first = begin; first < end; first += kQueryRows) {
     const int64_t rows = at_most(kQueryRows, end - first);
-    pack_left<Unit>(head.q_rows(first, rows), wide_d, left);
+    const Rows<T> out_rows = head.out_rows(args.out, first, rows);
+    out_rows.template prefetch_all<1>();
+    pack_left<Unit>(q_rows(first), wide_d, left);
+    if (first + rows < end) q_rows(first + rows).prefetch_all();
     product<Unit>({left, wide_d, 1}, rows, k_columns, d_units, vectors_of(n), {logits, wide_n, false});
-    float totals[kQueryRows];
-    for (int64_t i = 0; i < rows; ++i) {
-      totals[i] = softmax<Unit>(logits + i * wide_n, n, head.scale(), head.lse() + first + i);
-    }
+    float inverse[kQueryRows];
+    softmax<Unit>(logits, rows, wide_n, n, head.scale(), head.lse() + first, inverse);
     product<Unit>({logits, wide_n, 1}, rows, v_rows, key_units, vectors_of(d), {block, wide_d, false});
     for (int64_t i = 0; i < rows; ++i) {
-      T* out = const_cast<T*>(head.out_rows(args.out, first, rows).row(i));
-      const Floats inverse = splat(1.0f / totals[i]);
-      for (int64_t c = 0; c < d; c += kLanes) store_up_to(out + c, load(block + i * wide_d + c) * inverse, d - c);
+      T* out = const_cast<T*>(out_rows.row(i));
+      const Floats gain = splat(inverse[i]);
+      for (int64_t c = 0; c < d; c += kLanes) store_up_to(out + c, load(block + i * wide_d + c) * gain, d - c);
     }
   }
 }
@@ -180,13 +195,14 @@ struct TileWeights {
 };
 
 struct RowTerms {
-  float lse, delta;  // logarithm of the softmax's sum, sum over channels of out * grad_out
+  float offset, delta;  // -log2 of the softmax's sum, sum over channels of out * grad_out
 };
 
 // p and ds of `Unit::per_unit` rows from row i on, for which logits hold q.k and grad_logits grad_out.v. In pairs, rows
 // from `count` on count as zero.
 template <class Unit>
-inline void weigh(const TileWeights<Unit>& tile, int64_t i, int64_t count, int64_t n, float scale, const RowTerms* terms) {
+inline void weigh(const TileWeights<Unit>& tile, int64_t i, int64_t count, int64_t n, float scale,
+                  const RowTerms* terms) {
   constexpr int kRows = Unit::per_unit;
   for (int64_t j = 0; j < n; j += kLanes) {
     Floats p[kRows], ds[kRows];
@@ -196,7 +212,7 @@ inline void weigh(const TileWeights<Unit>& tile, int64_t i, int64_t count, int64
         continue;
       }
       const int64_t here = (i + r) * tile.pitch + j;
-      const Floats x = exp2(fused(load(tile.logits + here), splat(scale), splat(-terms[r].lse)) * splat(kLog2E));
+      const Floats x = Unit::exp2(fused(load(tile.logits + here), splat(scale * kLog2E), splat(terms[r].offset)));
       p[r] = before(j, n) ? x : splat(0.0f);
       ds[r] = p[r] * (load(tile.grad_logits + here) - splat(terms[r].delta));
     }
@@ -220,7 +236,7 @@ void attend_backward(const GatedAttentionGradArgs& grads, int64_t item, int64_t 
   const GatedScratch at = scratch_of(args);
   const Head<T> head{args, item, index};
   const int64_t n = args.n, d = head.d(), wide_d = padded(d), wide_n = padded(n);
-  const int64_t d_units = units_of(d, Unit::per_unit);
+  const int64_t key_units = units_of(n, Unit::per_unit), d_units = units_of(d, Unit::per_unit);
   const float scale = head.scale();
   float *k_columns = workspace + at.k_columns, *v_columns = workspace + at.v_columns, *k_rows = workspace + at.v_rows;
   float *left = workspace + at.left, *right = workspace + at.right, *block = workspace + at.block;
@@ -237,8 +253,8 @@ void attend_backward(const GatedAttentionGradArgs& grads, int64_t item, int64_t 
       std::memset(grad_q + i * args.dim, 0, static_cast<size_t>(d) * sizeof(T));
     }
   }
-  for (int64_t first = 0; first < args.rows; first += kQueryRows) {
-    const int64_t rows = at_most(kQueryRows, args.rows - first), row_units = units_of(rows, Unit::per_unit);
+  for (int64_t first = 0; first < args.rows; first += at.grad_rows) {
+    const int64_t rows = at_most(at.grad_rows, args.rows - first), row_units = units_of(rows, Unit::per_unit);
     const Rows<T> q = head.q_rows(first, rows), out = head.out_rows(args.out, first, rows);
     const Rows<T> grad_out = head.out_rows(grads.grad_out, first, rows);
     pack_left<Unit>(q, wide_d, left);
@@ -249,11 +265,11 @@ void attend_backward(const GatedAttentionGradArgs& grads, int64_t item, int64_t 
       RowTerms terms[Unit::per_unit];
       for (int64_t r = 0; r < at_most(Unit::per_unit, rows - i); ++r) {
         out.prefetch_after(i + r);
-        terms[r] = {head.lse()[first + i + r], dot(grad_out.row(i + r), out.row(i + r), d)};
+        terms[r] = {head.lse()[first + i + r] * -kLog2E, dot(grad_out.row(i + r), out.row(i + r), d)};
       }
       weigh(tile, i, rows - i, n, scale, terms);
     }
-    product<Unit>(tile.grads_by_row(), rows, k_rows, units_of(n, Unit::per_unit), vectors_of(d), {block, wide_d, false});
+    product<Unit>(tile.grads_by_row(), rows, k_rows, key_units, vectors_of(d), {block, wide_d, false});
     for (int64_t i = 0; i < rows; ++i) {
       T* to = grad_q + (args.first_row + first + i) * args.dim;
       for (int64_t c = 0; c < d; c += kLanes) {
@@ -288,6 +304,7 @@ void maps_backward(const GatedAttentionGradArgs& grads, int64_t item, float* wor
   const GatedScratch at = scratch_of(args);
   const int64_t n = args.n, dim = args.dim, queries = args.queries, pitch = padded(dim);
   float *gate = workspace + at.gate, *query_q = workspace + at.query_q, *grad_z = workspace + at.grad_z;
+  float* query_grad = workspace + at.query_grad;
   const float scale = 1.0f / (root(static_cast<float>(dim / args.heads)) * static_cast<float>(args.heads));
   for (int64_t j = 0; j < n; ++j) gate[j] = 0.0f;
   for (int64_t h = 0; args.gate && h < args.heads; ++h) {
@@ -303,28 +320,25 @@ void maps_backward(const GatedAttentionGradArgs& grads, int64_t item, float* wor
   copy_queries<T>(args, item, query_q);
   T* grad_k = static_cast<T*>(grads.grad_k) + item * n * dim;
   T* grad_q = static_cast<T*>(grads.grad_q) + (item * n + n - queries) * dim;
-  for (int64_t c = 0; c < dim; c += kLanes) {
-    const int64_t here = dim - c;
-    for (int64_t j = 0; j < n; ++j) {
+  for (int64_t j = 0; j < n; ++j) {
+    const T* k = static_cast<const T*>(args.k) + item * args.k_item + j * args.k_row;
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      const int64_t here = dim - c;
       Floats total = load_up_to(grad_k + j * dim + c, here);
+      const Floats x = load_up_to(k + c, here);
       for (int64_t g = 0; g < queries; ++g) {
-        total = fused(splat(grad_z[g * n + j]), load(query_q + g * pitch + c), total);
+        const Floats z = splat(grad_z[g * n + j]);
+        float* grad = query_grad + g * pitch + c;
+        total = fused(z, load(query_q + g * pitch + c), total);
+        store(grad, fused(z, x, j == 0 ? splat(0.0f) : load(grad)));
       }
       store_up_to(grad_k + j * dim + c, total, here);
     }
-    for (int64_t g = 0; g < queries; g += kQueriesAtOnce) {
-      const int64_t high = at_most(kQueriesAtOnce, queries - g);
-      Floats totals[kQueriesAtOnce];
-      for (int i = 0; i < kQueriesAtOnce; ++i) {
-        totals[i] = load_up_to(grad_q + (g + at_most(i, high - 1)) * dim + c, here);
-      }
-      for (int64_t j = 0; j < n; ++j) {
-        const Floats x = load_up_to(static_cast<const T*>(args.k) + item * args.k_item + j * args.k_row + c, here);
-        for (int i = 0; i < kQueriesAtOnce; ++i) {
-          totals[i] = fused(splat(grad_z[(g + at_most(i, high - 1)) * n + j]), x, totals[i]);
-        }
-      }
-      for (int i = 0; i < high; ++i) store_up_to(grad_q + (g + i) * dim + c, totals[i], here);
+  }
+  for (int64_t g = 0; g < queries; ++g) {
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      T* to = grad_q + g * dim + c;
+      store_up_to(to, load_up_to(to, dim - c) + load(query_grad + g * pitch + c), dim - c);
     }
   }
 }
@@ -338,16 +352,13 @@ using HalfUnit = Singles;
 }  // namespace P2S_ISA
 }  // namespace
 
-#define P2S_JOIN_(a, b) a##_##b
-#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
-#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
-
 namespace p2s {
 
 using namespace ::P2S_ISA;
 
-const char* P2S_NAME(gated_maps)(const GatedAttentionArgs& args, int64_t item, float* workspace) {
-  args.bf16 ? maps<Bf16>(args, item, workspace) : maps<float>(args, item, workspace);
+const char* P2S_NAME(gated_maps)(const GatedAttentionArgs& args, int64_t item, int64_t begin, int64_t end,
+                                 float* workspace) {
+  args.bf16 ? maps<Bf16>(args, item, begin, end, workspace) : maps<float>(args, item, begin, end, workspace);
   return kIsaName;
 }
 

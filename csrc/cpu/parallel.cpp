@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include "p2s/threads.h"
+
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
@@ -32,13 +34,23 @@ Parallel find_parallel() {
 Parallel find_parallel() { return nullptr; }
 #endif
 
+Parallel openmp() {
+  static const Parallel parallel = find_parallel();
+  return parallel;
+}
+
+std::atomic<bool> openmp_allowed{true};
+
 }  // namespace
 
 bool run_on_openmp(int threads, void (*task)(void*), void* context) {
-  static const Parallel parallel = find_parallel();
-  if (!parallel) return false;
-  parallel(task, context, static_cast<unsigned>(threads), 0);
+  if (!openmp_used()) return false;
+  openmp()(task, context, static_cast<unsigned>(threads), 0);
   return true;
 }
+
+bool openmp_used() { return openmp() && openmp_allowed; }
+
+void openmp_allow(bool allowed) { openmp_allowed = allowed; }
 
 }  // namespace p2s

@@ -3,25 +3,10 @@
 // A vector of floats for the instruction set this translation unit is compiled for, and what attention needs of it.
 // Everything has internal linkage, see words.h, and what the compiler doesn't inline carries P2S_ISA in its name.
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "isa_unit.h"
 
 namespace {
 namespace P2S_ISA {
-
-#if defined(__AVX512BF16__)
-constexpr const char* kIsaName = "avx512bf16";
-#elif defined(__AVX512F__)
-constexpr const char* kIsaName = "avx512";
-#elif defined(__AVX2__)
-constexpr const char* kIsaName = "avx2";
-#else
-constexpr const char* kIsaName = "scalar";
-#endif
 
 // kLanes floats a vector; a register tile is kTileRows x kTileVectors, which leaves registers for its operands.
 #if defined(__AVX512F__)
@@ -101,11 +86,11 @@ inline void store_up_to(T* p, Floats x, int64_t count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Asks for `count` values from `p` on, to be read soon.
-template <class T>
+// Asks for `count` values from `p` on, to be read soon, or to be written if `kWrite`.
+template <int kWrite = 0, class T>
 inline void prefetch(const T* p, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i, kWrite);
 }
 
 inline Floats splat(float x) {
@@ -180,6 +165,21 @@ inline Floats exp2(Floats x) {
 #else
   return y * (Floats)((Bits)(__builtin_convertvector(whole, Ints) + 127) << 23);
 #endif
+}
+
+// Logarithm to the base of two of normal numbers; NaN stays. With t = (m - 1) / (m + 1) for a mantissa m in [sqrt(1/2),
+// sqrt(2)), ln m = 2 (t + t^3/3 + t^5/5 + ...).
+inline Floats log2(Floats x) {
+  const Bits shifted = (Bits)x - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const Ints exponent = (Ints)shifted >> 23;
+  const Floats m = (Floats)((shifted & 0x7fffff) + 0x3f3504f3), one = splat(1.0f);
+  const Floats t = (m - one) / (m + one), u = t * t;
+  Floats y = splat(2.88539008f / 9);
+  y = fused(y, u, splat(2.88539008f / 7));
+  y = fused(y, u, splat(2.88539008f / 5));
+  y = fused(y, u, splat(2.88539008f / 3));
+  y = fused(y, u, splat(2.88539008f));
+  return x == x ? fused(y, t, __builtin_convertvector(exponent, Floats)) : x;
 }
 
 }  // namespace P2S_ISA

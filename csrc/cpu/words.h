@@ -3,23 +3,11 @@
 // A vector of 64-bit words for the instruction set this translation unit is compiled for, P2S_ISA. Everything has
 // internal linkage: an inline function shared between units could be replaced by a copy that needs a newer processor.
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-// P2S_NAME(op) is op_<isa>.
-#define P2S_JOIN_(a, b) a##_##b
-#define P2S_JOIN(a, b) P2S_JOIN_(a, b)
-#define P2S_NAME(op) P2S_JOIN(op, P2S_ISA)
+#include "isa_unit.h"
 
 namespace {
 
 #if defined(__AVX512VPOPCNTDQ__)
-
-constexpr const char* kIsaName = "avx512";
 
 struct Words {
   static constexpr int64_t size = 8;
@@ -37,8 +25,6 @@ struct Words {
 };
 
 #elif defined(__AVX2__)
-
-constexpr const char* kIsaName = "avx2";
 
 struct Words {
   static constexpr int64_t size = 4;
@@ -68,8 +54,6 @@ struct Words {
 };
 
 #else
-
-constexpr const char* kIsaName = "scalar";
 
 struct Words {
   static constexpr int64_t size = 1;
