@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "p2s/contour_sweep.h"
 #include "p2s/decode.h"
 #include "p2s/gated_attention.h"
 #include "p2s/isa.h"
@@ -123,6 +124,22 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>(),
       "low_res (count, rows, columns) -> masks (count, image_height, words). Returns the instruction set that ran.");
 
+  m.def(
+      "contour_sweep",
+      [](const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 4>& sizes, int rule, bool clamp,
+         int threads) {
+        const auto [levels, boxes, first, empty, iou, found] = addresses;
+        const auto [count, height, width, steps] = sizes;
+        raise_unless_ok(contour_sweep_cpu({pointer<const int32_t>(levels), pointer<const double>(boxes),
+                                           pointer<const int64_t>(first), pointer<const int64_t>(empty),
+                                           pointer<double>(iou), pointer<int64_t>(found), count, height, width, steps,
+                                           static_cast<ContourRule>(rule), clamp},
+                                          threads),
+                        "contour_sweep");
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "levels (count, height, width), boxes (n, 4), first (count + 1), empty (4) -> iou (count, steps), found (count, "
+      "steps, 4).");
   m.def(
       "nms",
       [](uintptr_t boxes, uintptr_t order, uintptr_t keep, uintptr_t kept, int64_t count, double threshold) {
