@@ -52,7 +52,7 @@ def _candidates(mask: np.ndarray, rule: str) -> np.ndarray:
     if rule == "area":
         areas = np.array([_outline_area(labels == i + 1) for i in range(count)])
         return boxes[[count - 1 - areas[::-1].argmax()]]
-    outside, holes = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    outside, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
     slices = [s for i, s in enumerate(ndimage.find_objects(outside), 1) if i != outside[0, 0]]
     # the padding moved them by one, the contour runs one pixel around the hole
     grown = [(x.start - 2, y.start - 2, x.stop, y.stop) for y, x in slices]
