@@ -65,9 +65,7 @@ def linear(
     return x if act is None or gelu else act(x)
 
 
-def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int, relu6: bool
-) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int, relu6: bool) -> Tensor:
     """Convolution (B, C, H, W) -> (B, C', H', W') and, with ``relu6``, clamping to 0..6; without gradient."""
     if not _onednn(x):
         x = F.conv2d(x, weight, bias, stride, padding, groups=groups)
