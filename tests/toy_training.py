@@ -31,3 +31,12 @@ def config(**options):
 def train(photos, run, ema=0.9, **options):
     torch.set_num_threads(1)
     return train_gtformer(model(), ImageFolder(photos), run, config(ema=ema, **options))
+
+
+def rank_main(rank, folder, photos):
+    """One of two ranks; they start with different weights, and the first one's count."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    options = config(epochs=1, batch_size=4, area_sync=True)
+    train_gtformer(model(seed=rank, drop_path=0.0), ImageFolder(photos), folder / "ranks", options)
+    torch.distributed.destroy_process_group()

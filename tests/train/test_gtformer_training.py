@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from toy_training import config, model, train, write_photos
+from toy_training import config, model, rank_main, train, write_photos
 
 from pro2sam_fast.data.localization import ImageFolder
 from pro2sam_fast.errors import ConfigError
@@ -180,16 +180,6 @@ def test_every_photo_once_an_epoch(photos):
         _Batches(data, config(batch_size=4), 0, 3)
 
 
-def rank_main(rank, folder, photos):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    losses = LossConfig(scheme="official", area_target=0.25)
-    options = config(epochs=1, batch_size=4, losses=losses, area_sync=True)
-    # ranks start with different weights; the first one's count
-    train_gtformer(model(seed=rank, drop_path=0.0), ImageFolder(photos), folder / "ranks", options)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_ranks_are_one(photos, tmp_path, processes):
     workers = [processes.Process(target=rank_main, args=(rank, tmp_path, photos)) for rank in range(2)]
     for worker in workers:
@@ -198,7 +188,7 @@ def test_two_ranks_are_one(photos, tmp_path, processes):
         worker.join(120)
     assert [w.exitcode for w in workers] == [0, 0]
     torch.set_num_threads(1)
-    options = config(epochs=1, batch_size=4, losses=LossConfig(scheme="official", area_target=0.25), area_sync=True)
+    options = config(epochs=1, batch_size=4, area_sync=True)
     one = train_gtformer(model(drop_path=0.0), ImageFolder(photos), tmp_path / "one", options)
     a, b = load_file(one), load_file(tmp_path / "ranks" / "last.safetensors")
     for name, value in a.items():
