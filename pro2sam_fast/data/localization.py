@@ -36,6 +36,7 @@ __all__ = [
     "WSOLMetadata",
     "coco_labels",
     "few_shot",
+    "open_dataset",
     "voc_labels",
 ]
 
@@ -411,3 +412,47 @@ def _multi_label(root: Path, listed: Iterable[tuple], names: list[str]) -> list[
             photos.append(LabelledPhoto(key, path, labels[0], tuple(box for _, box in things), labels=labels))
     require_files(root, [p.path for p in photos])
     return photos
+
+
+KINDS = ("cub", "ilsvrc", "wsol", "folder")
+
+
+def open_dataset(
+    kind: str,
+    root: str | Path,
+    train: bool,
+    *,
+    boxes: str | Path | None = None,
+    metadata: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> LocalizationDataset:
+    """A data set by the name of its kind: "cub", "ilsvrc", "wsol" (with ``metadata``) or "folder".
+
+    Args:
+        train: the part with labels to learn from, or the one to evaluate on ("wsol" and "folder" have what ``root`` and
+            ``metadata`` name).
+        boxes: of "ilsvrc" and "folder". class_names: of "wsol" and "folder".
+        options: of `LocalizationDataset`.
+
+    Raises:
+        ConfigError: an unknown kind, or an argument that the kind doesn't have.
+    """
+    given = {"boxes": boxes, "metadata": metadata, "class_names": class_names}
+    taken = {"cub": (), "ilsvrc": ("boxes",), "wsol": ("metadata", "class_names"), "folder": ("boxes", "class_names")}
+    if kind not in taken:
+        raise ConfigError(f"the kind of data must be one of {', '.join(KINDS)}, got {kind!r}")
+    if surplus := [n for n, v in given.items() if v is not None and n not in taken[kind] and n != "class_names"]:
+        raise ConfigError(f"data of kind {kind!r} takes no {surplus[0]}")
+    chosen = {name: given[name] for name in taken[kind]}
+    if kind == "cub":
+        return CUB200(root, "train" if train else "test", **options)
+    if kind == "ilsvrc":
+        if train:
+            return ILSVRC(root, "train", **options)
+        return ILSVRC(root, "val", **chosen, **options)
+    if kind == "wsol":
+        if metadata is None:
+            raise ConfigError("data of kind 'wsol' needs metadata, the folder with image_ids.txt")
+        return WSOLMetadata(root, **chosen, **options)
+    return ImageFolder(root, **chosen, **options)

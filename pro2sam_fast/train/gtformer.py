@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -313,6 +313,7 @@ def train_gtformer(
     run: str | Path,
     config: TrainConfig | None = None,
     *,
+    metadata: Mapping[str, str] | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     select: str = "GT-known",
     device: torch.device | str = "cpu",
@@ -329,6 +330,7 @@ def train_gtformer(
         model: in the configuration that is to be trained; parameters that don't require gradients stay.
         data: photos with labels; ``transform`` is not used, the training view is ``config``'s.
         run: folder.
+        metadata: for the weights' files, see `models.trained.ModelSpec`.
         evaluate: gives the metrics of a model on held-out photos; called at the end of epochs. None: none.
         select: the metric by which ``best`` is chosen.
         device: of this process.
@@ -367,7 +369,7 @@ def train_gtformer(
         path = run / f"{name}.safetensors"
         if rank == 0:
             tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            write_atomic(path, save(tensors, {k: json.dumps(v) for k, v in facts.items()}))
+            write_atomic(path, save(tensors, {**(metadata or {}), **{k: json.dumps(v) for k, v in facts.items()}}))
         return path
 
     loader = torch.utils.data.DataLoader(
