@@ -26,7 +26,7 @@ examples:
   pro2sam-fast evaluate --data cub --root CUB_200_2011 --masks --galleries galleries --output eval
   pro2sam-fast evaluate --data ilsvrc --root imagenet --boxes val_xml --coarse gtformer.pth --protocol sat,wsoleval \\
       --masks --sam vit_h --sam-checkpoint sam_vit_h_4b8939.pth --sam-input 224 --output eval
-  pro2sam-fast evaluate --data folder --root photos --boxes boxes.csv --masks --ablation matching,threshold --output eval
+  pro2sam-fast evaluate --data folder --root photos --boxes boxes.csv --masks --ablation matching --output eval
 """
 
 _ABLATIONS = ("matching", "threshold", "points", "tokens")
