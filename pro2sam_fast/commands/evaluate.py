@@ -51,7 +51,8 @@ def parser() -> ArgumentParser:
         default="lite",
         metavar="NAMES",
         help="comma-separated: 'lite' (bundled), 'cam' (its trunk's class activation map), a run folder or weights of "
-        "pro2sam-fast train, or an official GTFormer or SAT checkpoint",
+        "pro2sam-fast train, an official GTFormer or SAT checkpoint; cam:, gradcam: or rollout: before one of these "
+        "gives that baseline of it",
     )
     group.add_argument("--protocol", type=str, default="sat", metavar="NAMES", help="sat, direct224, wsoleval, tscam")
     group.add_argument(

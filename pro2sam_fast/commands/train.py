@@ -18,9 +18,10 @@ HELP = "train GTFormer or SAT on your photos, or the bundled models again"
 
 _DESCRIPTION = """Train a localizer from image-level labels, or the bundled `lite` models again.
 
-gtformer and sat learn from photos with labels alone. RUN gets args.yaml, summary.csv, checkpoints, last.safetensors
-and, with photos to choose by, best.safetensors. The same command continues an interrupted run. The result is for
-`pro2sam-fast localize photos --coarse RUN`. Under torchrun all GPUs share every batch.
+gtformer and sat learn from photos with labels alone; cam, the baseline, is the same network without gate and without
+losses on maps, whose class maps `evaluate --coarse cam:RUN` takes. RUN gets args.yaml, summary.csv, checkpoints,
+last.safetensors and, with photos to choose by, best.safetensors. The same command continues an interrupted run. The
+result is for `pro2sam-fast localize photos --coarse RUN`. Under torchrun all GPUs share every batch.
 
 lite trains the bundled pair: SAM-lite from photos with masks, GTFormer-lite from labels. DATA holds coco200, bsds500,
 cub10, caltech101_24, imagenet1k_one_per_class and foreground, as the model card (pro2sam_fast/weights/README.md) says.
@@ -33,18 +34,18 @@ examples:
   pro2sam-fast train lite --data data --run runs/lite
 """
 
-_TRAINED = ("gtformer", "sat")
+_TRAINED = ("gtformer", "sat", "cam")
 
 
 def parser() -> ArgumentParser:
     parser = Parser(
         description=_DESCRIPTION,
-        usage="pro2sam-fast train {gtformer,sat,lite} --data NAME --run DIR [options]",
+        usage="pro2sam-fast train {gtformer,sat,cam,lite} --data NAME --run DIR [options]",
     )
-    parser.add_argument("what", choices=[*_TRAINED, "lite"], metavar="WHAT", help="gtformer, sat or lite")
+    parser.add_argument("what", choices=[*_TRAINED, "lite"], metavar="WHAT", help="gtformer, sat, cam or lite")
     parser.add_argument("--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol or folder; for lite a folder")
     parser.add_argument("--run", type=str, metavar="DIR", help="folder for logs, checkpoints and the result")
-    group = parser.add_argument_group("data of gtformer and sat")
+    group = parser.add_argument_group("data of gtformer, sat and cam")
     group.add_argument("--root", type=str, metavar="DIR", help="folder of the data set")
     group.add_argument("--metadata", type=str, metavar="DIR", help="training metadata folder (wsol)")
     group.add_argument("--images-per-class", type=whole, metavar="K", help="few-shot: so many photos of each class")
@@ -56,13 +57,13 @@ def parser() -> ArgumentParser:
     group.add_argument(
         "--oracle", action=yes_no(), default=False, help="choose on the test split, as the published code does"
     )
-    group = parser.add_argument_group("model of gtformer and sat")
+    group = parser.add_argument_group("model of gtformer, sat and cam")
     group.add_argument(
         "--arch", type=str, default="deit_small", metavar="NAME", help="deit_tiny, -_small, -_base or lite"
     )
     group.add_argument("--pretrained", type=str, nargs="?", const="download", metavar="FILE", help="DeiT weights")
     group.add_argument("--preset", type=str, metavar="NAME", help="default, official or paper")
-    group = parser.add_argument_group("training of gtformer and sat")
+    group = parser.add_argument_group("training of gtformer, sat and cam")
     for name, kind, text in (
         ("epochs", whole, "30 for CUB, 5 for ILSVRC"),
         ("batch-size", whole, "photos a step over all GPUs"),
@@ -117,6 +118,7 @@ def _run_gtformer(arguments: Namespace) -> int:
     import torch.distributed as dist
 
     from ..data.localization import open_dataset
+    from ..eval.baselines import ClassActivation
     from ..models.lite import load_lite
     from ..models.trained import ModelSpec, build_trained
     from ..pipelines.pro2sam import resolve_device
@@ -127,10 +129,11 @@ def _run_gtformer(arguments: Namespace) -> int:
         raise ConfigError("--root DIR is missing, the folder of the data set")
     options = {"images_per_class": arguments.images_per_class}
     data = open_dataset(arguments.data, arguments.root, True, metadata=arguments.metadata, **options)
+    cam = arguments.what == "cam"
     preset = arguments.preset or ("sat" if arguments.what == "sat" else "default")
-    if arguments.what == "sat" and preset != "sat":
-        raise ConfigError("sat has one preset; leave --preset out")
-    spec = ModelSpec(arguments.arch, tuple(data.class_names), preset)
+    if arguments.preset is not None and arguments.what != "gtformer":
+        raise ConfigError(f"{arguments.what} has no presets; leave --preset out")
+    spec = ModelSpec(arguments.arch, tuple(data.class_names), preset, {"gate": "none"} if cam else {})
     torch.manual_seed(6 if arguments.seed is None else arguments.seed)
     if arguments.arch == "lite":
         model = build_trained(spec, trunk=load_lite().classifier.trunk)
@@ -149,8 +152,9 @@ def _run_gtformer(arguments: Namespace) -> int:
     area = arguments.area_target
     if area is None:
         area = AREA_TARGETS["cub" if arguments.data == "cub" else "ilsvrc"]
+    losses = replace(LOSS_PRESETS[preset], area_target=area)
     config = TrainConfig(
-        losses=replace(LOSS_PRESETS[preset], area_target=area),
+        losses=replace(losses, lambda1=0.0, lambda2=0.0) if cam else losses,
         amp="bfloat16" if arguments.amp else None,
         auto_batch=arguments.auto_batch,
         **recipe,
@@ -161,7 +165,7 @@ def _run_gtformer(arguments: Namespace) -> int:
         arguments.run,
         config,
         metadata=spec.metadata(),
-        evaluate=_evaluation(arguments, data.class_names, device),
+        evaluate=_evaluation(arguments, data.class_names, device, ClassActivation if cam else None),
         device=device,
     )
     if dist.is_initialized():
@@ -170,8 +174,8 @@ def _run_gtformer(arguments: Namespace) -> int:
     return OK
 
 
-def _evaluation(arguments: Namespace, class_names: list[str], device):
-    """Accuracy on held-out photos, or None where none are named."""
+def _evaluation(arguments: Namespace, class_names: list[str], device, wrapper):
+    """Accuracy of the (wrapped) model on held-out photos, or None where none are named."""
     from ..data.localization import open_dataset
     from ..eval.maps import evaluate_maps, predict_maps
 
@@ -188,7 +192,7 @@ def _evaluation(arguments: Namespace, class_names: list[str], device):
         )
 
     def evaluate(model):
-        predictions = predict_maps(model, held_out, "sat", device=device)
+        predictions = predict_maps(model if wrapper is None else wrapper(model), held_out, "sat", device=device)
         report = evaluate_maps(predictions, held_out, "sat")
         return {**report.metrics, "threshold": report.threshold}
 

@@ -20,6 +20,7 @@ from ..io import write_atomic
 from ..models.lite import load_lite
 from ..pipelines.pro2sam import resolve_device
 from ..train.lite_gtformer import class_activation_map
+from .baselines import BASELINES
 from .contact_sheet import contact_sheet
 from .gallery_cache import GalleryCache
 from .localization import ERROR_TYPES, LocalizationAccuracy, error_taxonomy
@@ -39,7 +40,11 @@ POINTS = (8, 16, 32)
 
 def coarse_model(name: str) -> Callable[[Tensor], dict[str, Tensor]] | nn.Module:
     """A coarse model by name: "lite", "cam" (class activation map of lite's trunk for its likeliest ImageNet class), a
-    run of `pro2sam-fast train`, or an official checkpoint."""
+    run of `pro2sam-fast train`, an official checkpoint, or with "cam:", "gradcam:" or "rollout:" before one of the
+    last two its baseline of that name."""
+    kind, _, path = name.partition(":")
+    if path and kind in BASELINES:
+        return BASELINES[kind](load_coarse(path)[0].model)
     if name == "cam":
         return _Cam()
     if name == "lite":
