@@ -6,6 +6,7 @@
     python benchmarks/run.py pipeline masks --images photos         # on photos of your own
     python benchmarks/run.py op decode --base HEAD~3                # against another commit, in turns
     python benchmarks/run.py accuracy --data DATA                   # quality of the bundled weights
+    python benchmarks/run.py study --data CUB --runs RUNS           # CAM, SAT and GTFormer under one recipe
     python benchmarks/run.py exactness                              # the same masks as segment_anything's?
 
 Before a number is reported the parity tests of what is measured must pass, and the installed package must be this
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import accuracy
 import exactness
+import study
 import torch
 import workloads
 from case import Case, Runs, Skip
@@ -41,7 +43,7 @@ KINDS = {
     "memory": "peak memory, each call in a fresh process",
     "training": "training steps of GTFormer-S and SAT-S",
 }
-QUALITY = {"accuracy": accuracy, "exactness": exactness}
+QUALITY = {"accuracy": accuracy, "exactness": exactness, "study": study}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_arguments(kinds.add_parser("accuracy", help="quality of the bundled weights on annotated photos"))
     about = "ours against segment_anything with equal weights, bfloat16 against float32"
     exactness.add_arguments(kinds.add_parser("exactness", help=about))
+    study.add_arguments(kinds.add_parser("study", help="CAM, SAT and GTFormer trained from labels under one recipe"))
     return parser
 
 

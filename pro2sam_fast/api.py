@@ -16,11 +16,12 @@ from .generator import MaskGenerator
 from .models.gtformer import load_official
 from .models.sam import Sam
 from .models.sam.build import build_sam, sam_model_registry
+from .models.trained import load_trained, read_spec
 from .pipelines.matching import match
 from .pipelines.pro2sam import Localizer, PhotoNet
 from .results import Localization
 
-__all__ = ["load", "load_sam", "localize", "option_names"]
+__all__ = ["load", "load_coarse", "load_sam", "localize", "option_names"]
 
 
 def localize(
@@ -72,7 +73,7 @@ def load(
 
     name_or_dir: "lite", or a folder (or file) with lite weights of your own. It gives what isn't named below.
     coarse: a GTFormer or other module, an object with `prepare` and `__call__` (see `Localizer`), or the path of an
-        official GTFormer or SAT checkpoint.
+        official GTFormer or SAT checkpoint, or of a run of `pro2sam-fast train` or its weights.
     sam: a `Sam`, or "vit_b", "vit_l", "vit_h" with `sam_checkpoint`, or "lite".
     sam_checkpoint: path of the weights for `sam`, or "official" to download them.
     classifier: gives the label, see `Localizer`; "coarse" for the coarse model's own logits. By default the ImageNet
@@ -108,7 +109,9 @@ def load(
         elif isinstance(classifier, str) and classifier == "coarse" and class_names is None:
             class_names = lite.coarse_class_names
     elif isinstance(coarse, (str, os.PathLike)):
-        coarse = PhotoNet(load_official(coarse))
+        coarse, trained_names = load_coarse(coarse)
+        if class_names is None and classifier is None:
+            class_names = trained_names
     groups = {group: {**groups[group], **chosen[group]} for group in groups}
     return Localizer(
         coarse,
@@ -120,6 +123,14 @@ def load(
         device=device,
         **groups["localizer"],
     )
+
+
+def load_coarse(path: str | os.PathLike) -> tuple[PhotoNet, Sequence[str] | None]:
+    """A coarse stage from an official checkpoint, or from a file or folder of `pro2sam-fast train`; its class names."""
+    if os.path.isdir(path) or read_spec(path) is not None:
+        model, spec = load_trained(path)
+        return PhotoNet(model), spec.class_names
+    return PhotoNet(load_official(path)), None
 
 
 def load_sam(sam: str | None = None, checkpoint: str | os.PathLike | None = None) -> tuple[Sam, dict[str, Any]]:

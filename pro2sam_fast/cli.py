@@ -1,4 +1,4 @@
-"""The command `pro2sam-fast`: localize, masks, bench, doctor, train."""
+"""The command `pro2sam-fast`: localize, masks, train, evaluate, bench, doctor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentParser, Namespace
 
 from . import __version__
-from .commands import bench, doctor, localize, masks, train
+from .commands import bench, doctor, evaluate, localize, masks, train
 from .commands.parser import INCOMPLETE, INTERRUPTED, USAGE, Parser, tell
 from .errors import ConfigError, Pro2SamError
 
@@ -21,11 +21,20 @@ examples:
   pro2sam-fast localize photos --output out
   pro2sam-fast localize 'photos/*.jpg' --output out --format coco,yolo --masks
   pro2sam-fast masks photo.jpg --output out
+  pro2sam-fast train gtformer --data folder --root photos --arch lite --run run
+  pro2sam-fast evaluate --data folder --root photos --boxes boxes.csv --coarse run --masks --output eval
   pro2sam-fast bench
   pro2sam-fast doctor
 """
 
-_COMMANDS = {"localize": localize, "masks": masks, "bench": bench, "doctor": doctor, "train": train}
+_COMMANDS = {
+    "localize": localize,
+    "masks": masks,
+    "train": train,
+    "evaluate": evaluate,
+    "bench": bench,
+    "doctor": doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ MAY_LACK = ("PIL", "cv2", "hypothesis", "jsonargparse", "pycocotools", "safetens
 
 def pytest_addoption(parser):
     parser.addoption("--may-lack-libraries", action="store_true", help="skip files whose libraries aren't installed")
+    parser.addoption("--kills", type=int, default=4, help="how often a training run is killed in its test")
 
 
 def pytest_report_header():

@@ -4,6 +4,7 @@
 
 namespace p2s {
 
+void bind_contour_sweep(py::module_& m);
 void bind_decode(py::module_& m);
 void bind_gated_attention(py::module_& m);
 void bind_mask_clean(py::module_& m);
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("openmp_used", &openmp_used, "Whether the OpenMP runtime that the process holds shares work out.");
   m.def("openmp_allow", &openmp_allow, py::arg("allowed"), "False makes this process use threads of its own instead.");
 
+  bind_contour_sweep(m);
   bind_decode(m);
   bind_gated_attention(m);
   bind_mask_clean(m);

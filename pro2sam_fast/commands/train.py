@@ -2,46 +2,95 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import ConfigError
-from .parser import OK, Parser, tell
+from .parser import OK, Parser, number, tell, whole, yes_no
 from .runs import names
 
 __all__ = ["HELP", "parser", "run"]
 
-HELP = "train the bundled models again"
+HELP = "train GTFormer or SAT on your photos, or the bundled models again"
 
-_DESCRIPTION = """Train the bundled `lite` models again.
+_DESCRIPTION = """Train a localizer from image-level labels, or the bundled `lite` models again.
 
-SAM-lite learns from photos with masks, GTFormer-lite from image-level labels alone. DATA holds coco200, bsds500, cub10,
-caltech101_24, imagenet1k_one_per_class and foreground; the model card (pro2sam_fast/weights/README.md) describes them.
-RUN/lite.safetensors is the result: `pro2sam-fast localize photos --model RUN --output out`. Hours on a CPU.
-Needs: pip install "pro2sam-fast[train]"
+gtformer and sat learn from photos with labels alone; cam, the baseline, is the same network without gate and without
+losses on maps, whose class maps `evaluate --coarse cam:RUN` takes. RUN gets args.yaml, summary.csv, checkpoints,
+last.safetensors and, with photos to choose by, best.safetensors. The same command continues an interrupted run. The
+result is for `pro2sam-fast localize photos --coarse RUN`. Under torchrun all GPUs share every batch.
 
-example:
+lite trains the bundled pair: SAM-lite from photos with masks, GTFormer-lite from labels. DATA holds coco200, bsds500,
+cub10, caltech101_24, imagenet1k_one_per_class and foreground, as the model card (pro2sam_fast/weights/README.md) says.
+RUN/lite.safetensors is the result. Hours on a CPU. Needs: pip install "pro2sam-fast[train]"
+
+examples:
+  pro2sam-fast train gtformer --data folder --root photos --arch lite --run runs/mine
+  pro2sam-fast train gtformer --data cub --root CUB_200_2011 --pretrained --amp --run runs/cub
+  torchrun --nproc-per-node 4 --no-python pro2sam-fast train gtformer --data ilsvrc --root imagenet --run runs/in
   pro2sam-fast train lite --data data --run runs/lite
 """
+
+_TRAINED = ("gtformer", "sat", "cam")
 
 
 def parser() -> ArgumentParser:
     parser = Parser(
         description=_DESCRIPTION,
-        usage="pro2sam-fast train lite --data DIR --run DIR [--stages NAMES]",
+        usage="pro2sam-fast train {gtformer,sat,cam,lite} --data NAME --run DIR [options]",
     )
-    parser.add_argument("what", choices=["lite"], metavar="lite", help="the bundled GTFormer-lite and SAM-lite")
-    parser.add_argument("--data", type=str, metavar="DIR", help="folder with the data sets")
+    parser.add_argument("what", choices=[*_TRAINED, "lite"], metavar="WHAT", help="gtformer, sat, cam or lite")
+    parser.add_argument("--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol or folder; for lite a folder")
     parser.add_argument("--run", type=str, metavar="DIR", help="folder for logs, checkpoints and the result")
-    parser.add_argument(
+    group = parser.add_argument_group("data of gtformer, sat and cam")
+    group.add_argument("--root", type=str, metavar="DIR", help="folder of the data set")
+    group.add_argument("--metadata", type=str, metavar="DIR", help="training metadata folder (wsol)")
+    group.add_argument("--images-per-class", type=whole, metavar="K", help="few-shot: so many photos of each class")
+    group.add_argument(
+        "--val-root", type=str, metavar="DIR", help="photos with boxes to choose the best epoch by (folder)"
+    )
+    group.add_argument("--val-boxes", type=str, metavar="PATH", help="their boxes: CSV, COCO file or XML folder")
+    group.add_argument("--val-metadata", type=str, metavar="DIR", help="their metadata folder (wsol)")
+    group.add_argument(
+        "--oracle", action=yes_no(), default=False, help="choose on the test split, as the published code does"
+    )
+    group = parser.add_argument_group("model of gtformer, sat and cam")
+    group.add_argument(
+        "--arch", type=str, default="deit_small", metavar="NAME", help="deit_tiny, -_small, -_base or lite"
+    )
+    group.add_argument("--pretrained", type=str, nargs="?", const="download", metavar="FILE", help="DeiT weights")
+    group.add_argument("--preset", type=str, metavar="NAME", help="default, official or paper")
+    group = parser.add_argument_group("training of gtformer, sat and cam")
+    for name, kind, text in (
+        ("epochs", whole, "30 for CUB, 5 for ILSVRC"),
+        ("batch-size", whole, "photos a step over all GPUs"),
+        ("micro-batch", whole, "photos in memory at a time"),
+        ("lr", number, "learning rate: 1e-4 for CUB, 1.5e-5 for ILSVRC"),
+        ("weight-decay", number, "0.05"),
+        ("area-target", number, "share of the photo that objects fill: 0.25 for CUB, 0.35 else"),
+        ("ema", number, "decay of averaged weights"),
+        ("seed", whole, "6"),
+        ("workers", whole, "processes that read photos"),
+        ("save-every", whole, "steps between checkpoints"),
+    ):
+        group.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    group.add_argument("--amp", action=yes_no(), default=False, help="bfloat16 autocast")
+    group.add_argument(
+        "--auto-batch", action=yes_no(), default=False, help="smaller micro batches where memory runs out"
+    )
+    group.add_argument("--device", type=str, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
+    group = parser.add_argument_group("lite")
+    group.add_argument(
         "--stages",
         type=str,
         default="sam,gtformer,bundle",
         metavar="NAMES",
         help="comma-separated, to run a part; an interrupted stage continues where it stopped",
     )
-    parser.add_argument(
+    group.add_argument(
         "--start",
         type=str,
         metavar="NAME",
@@ -53,10 +102,98 @@ def parser() -> ArgumentParser:
 def run(arguments: Namespace) -> int:
     for name in ("data", "run"):
         if arguments[name] is None:
-            raise ConfigError(f"--{name} DIR is missing")
+            raise ConfigError(f"--{name} is missing")
+    if arguments.what in _TRAINED:
+        return _run_gtformer(arguments)
 
     from ..train.lite import train_lite
 
     weights = train_lite(arguments.data, arguments.run, names(arguments.stages), start=arguments.start)
     tell(str(weights or arguments.run), sys.stdout)
     return OK
+
+
+def _run_gtformer(arguments: Namespace) -> int:
+    import torch
+    import torch.distributed as dist
+
+    from ..data.localization import open_dataset
+    from ..eval.baselines import ClassActivation
+    from ..models.lite import load_lite
+    from ..models.trained import ModelSpec, build_trained
+    from ..pipelines.pro2sam import resolve_device
+    from ..train.gtformer import TrainConfig, train_gtformer
+    from ..train.losses import AREA_TARGETS, LOSS_PRESETS
+
+    if arguments.root is None:
+        raise ConfigError("--root DIR is missing, the folder of the data set")
+    options = {"images_per_class": arguments.images_per_class}
+    data = open_dataset(arguments.data, arguments.root, True, metadata=arguments.metadata, **options)
+    cam = arguments.what == "cam"
+    preset = arguments.preset or ("sat" if arguments.what == "sat" else "default")
+    if arguments.preset is not None and arguments.what != "gtformer":
+        raise ConfigError(f"{arguments.what} has no presets; leave --preset out")
+    spec = ModelSpec(arguments.arch, tuple(data.class_names), preset, {"gate": "none"} if cam else {})
+    torch.manual_seed(6 if arguments.seed is None else arguments.seed)
+    if arguments.arch == "lite":
+        model = build_trained(spec, trunk=load_lite().classifier.trunk)
+    else:
+        model = build_trained(spec, True if arguments.pretrained == "download" else arguments.pretrained or False)
+    device = resolve_device(arguments.device)
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ilsvrc = arguments.data == "ilsvrc"
+    recipe = {"epochs": 5, "batch_size": 512, "lr": 1.5e-5, "drop_last": True} if ilsvrc else {}
+    names_ = ("epochs", "batch_size", "micro_batch", "lr", "weight_decay", "ema", "seed", "workers", "save_every")
+    recipe |= {name: arguments[name] for name in names_ if arguments[name] is not None}
+    area = arguments.area_target
+    if area is None:
+        area = AREA_TARGETS["cub" if arguments.data == "cub" else "ilsvrc"]
+    losses = replace(LOSS_PRESETS[preset], area_target=area)
+    config = TrainConfig(
+        losses=replace(losses, lambda1=0.0, lambda2=0.0) if cam else losses,
+        amp="bfloat16" if arguments.amp else None,
+        auto_batch=arguments.auto_batch,
+        **recipe,
+    )
+    weights = train_gtformer(
+        model,
+        data,
+        arguments.run,
+        config,
+        metadata=spec.metadata(),
+        evaluate=_evaluation(arguments, data.class_names, device, ClassActivation if cam else None),
+        device=device,
+    )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    tell(str(weights), sys.stdout)
+    return OK
+
+
+def _evaluation(arguments: Namespace, class_names: list[str], device, wrapper):
+    """Accuracy of the (wrapped) model on held-out photos, or None where none are named."""
+    from ..data.localization import open_dataset
+    from ..eval.maps import evaluate_maps, predict_maps
+
+    val = {"metadata": arguments.val_metadata, "boxes": arguments.val_boxes}
+    if arguments.data in ("cub", "ilsvrc"):
+        if not arguments.oracle:
+            return None
+        held_out = open_dataset(arguments.data, arguments.root, False, **val)
+    elif arguments.val_root is None and arguments.val_metadata is None:
+        return None
+    else:
+        held_out = open_dataset(
+            arguments.data, arguments.val_root or arguments.root, False, class_names=class_names, **val
+        )
+
+    def evaluate(model):
+        predictions = predict_maps(model if wrapper is None else wrapper(model), held_out, "sat", device=device)
+        report = evaluate_maps(predictions, held_out, "sat")
+        return {**report.metrics, "threshold": report.threshold}
+
+    return evaluate

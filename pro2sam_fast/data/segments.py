@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from .tables import open_image
 
 MAX_SEGMENTS = 255
 
@@ -48,15 +49,6 @@ def _label_map(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(lut[ids]).resize(size, Image.NEAREST)), values
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: not a readable image ({e}).") from e
-    return image
-
-
 def coco_panoptic(root: Path, split: str, long_side: int = 512) -> Iterable[SegmentedPhoto]:
     """``root/annotations/panoptic_{split}2017.json`` with PNGs; segment id = R + 256 G + 65536 B."""
     index = root / "annotations" / f"panoptic_{split}2017.json"
@@ -67,8 +59,8 @@ def coco_panoptic(root: Path, split: str, long_side: int = 512) -> Iterable[Segm
     is_thing = {c["id"]: bool(c["isthing"]) for c in data["categories"]}
     names = {i["id"]: i["file_name"] for i in data["images"]}
     for ann in data["annotations"]:
-        image = _shrink(_open(root / "images" / f"{split}2017" / names[ann["image_id"]]).convert("RGB"), long_side)
-        png = np.asarray(_open(root / "annotations" / f"panoptic_{split}2017" / ann["file_name"]).convert("RGB"))
+        image = _shrink(open_image(root / "images" / f"{split}2017" / names[ann["image_id"]]).convert("RGB"), long_side)
+        png = np.asarray(open_image(root / "annotations" / f"panoptic_{split}2017" / ann["file_name"]).convert("RGB"))
         ids = png.astype(np.int64) @ np.array([1, 256, 65536])
         values, dense = np.unique(ids, return_inverse=True)
         dense = dense.reshape(ids.shape) + (values[0] != 0)
@@ -87,10 +79,10 @@ def coco_panoptic(root: Path, split: str, long_side: int = 512) -> Iterable[Segm
 def bsds(root: Path, split: str, long_side: int = 512) -> Iterable[SegmentedPhoto]:
     """``root/{split}/images/<id>.jpg`` and ``segments/<id>_<k>.png``, a label map of annotator k."""
     for path in sorted((root / split / "images").glob("*.jpg")):
-        image = _shrink(_open(path).convert("RGB"), long_side)
+        image = _shrink(open_image(path).convert("RGB"), long_side)
         maps = []
         for png in sorted((root / split / "segments").glob(f"{path.stem}_*.png")):
-            ids = np.asarray(_open(png)).astype(np.int64)
+            ids = np.asarray(open_image(png)).astype(np.int64)
             maps.append(_label_map(ids + (ids.min() == 0), image.size)[0])
         if not maps:
             raise DataError(f"{path}: no segments/{path.stem}_<k>.png beside it.")
@@ -105,8 +97,8 @@ def foreground(photos: Path, masks: Path, long_side: int = 512) -> Iterable[Segm
         path = next((p for p in candidates if p.exists()), None)
         if path is None:
             raise DataError(f"{png}: no photo {stem}.jpg|.JPEG|.jpeg|.png for this mask.")
-        image = _shrink(_open(path).convert("RGB"), long_side)
-        alpha = np.asarray(_open(png).convert("L").resize(image.size, Image.BILINEAR))
+        image = _shrink(open_image(path).convert("RGB"), long_side)
+        alpha = np.asarray(open_image(png).convert("L").resize(image.size, Image.BILINEAR))
         label_map = np.where(alpha > 127, 1, np.where(alpha < 64, 2, 0)).astype(np.uint8)
         # a mask of nearly nothing or nearly everything teaches nothing
         if 0.005 < (label_map == 1).mean() < 0.95:

@@ -67,6 +67,12 @@ class HybridEmbed(nn.Module):
         self.proj = nn.Conv2d(sum(FEATURE_CHANNELS[2:]), dim, 1)
         self.renormalise = Renormalise()
 
+    def train(self, mode: bool = True) -> HybridEmbed:
+        """The trunk is frozen: its normalisation never learns from a batch."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         return self.embed(self.features(x))
 

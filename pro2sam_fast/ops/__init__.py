@@ -1,6 +1,7 @@
 """Exact tensor operations, each with a plain reference and faster back ends; see CONTRIBUTING.md to add one."""
 
 from .compact import compact
+from .contour_sweep import contour_sweep
 from .decode_sweeps import decode_sweep0, decode_sweep1, decode_sweep2
 from .decode_upscale import decode_upscale
 from .gated_attention import gated_attention, query_maps
@@ -12,6 +13,7 @@ from .packing import pack_masks, popcount, unpack_masks
 
 __all__ = [
     "compact",
+    "contour_sweep",
     "decode_sweep0",
     "decode_sweep1",
     "decode_sweep2",

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..data.views import normalised
 from ..models.gtformer import GRID, GTFormer
-from ..models.lite import IMAGENET_MEAN, IMAGENET_STD
 from ..models.trunk import EfficientNetLite0
 from .losses import LossConfig, localization_loss
 from .optimizer import decay_groups
@@ -49,12 +49,6 @@ class LabelledPhotos:
     classes: list[str]
 
 
-def to_input(image: Image.Image) -> Tensor:
-    """PIL RGB of 224 x 224 -> (3, 224, 224) normalised with ImageNet mean and standard deviation."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (x - torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1)) / torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
-
-
 def make_view(image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
     """None: the whole photo at 224 x 224, aspect ignored. Else a random crop of at least 60 % of each side, flipped
     at random."""
@@ -78,7 +72,7 @@ def cache_features(model: GTFormer, photos: LabelledPhotos, views: int, seed: in
             for path in photos.paths:
                 with Image.open(path) as im:
                     image = im.convert("RGB")
-                x = torch.stack([to_input(make_view(image, rng if v else None)) for v in range(views)])
+                x = torch.stack([normalised(make_view(image, rng if v else None)) for v in range(views)])
                 f16, f32 = embed.features(x)
                 out["f16"].append(f16.bfloat16().contiguous())
                 out["f32"].append(f32.bfloat16().contiguous())

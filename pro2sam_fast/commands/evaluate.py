@@ -1,0 +1,116 @@
+"""`pro2sam-fast evaluate`."""
+
+from __future__ import annotations
+
+import sys
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..errors import ConfigError
+from .parser import OK, Parser, number, tell, whole, yes_no
+from .runs import GENERATOR_OPTIONS, add_generator_options, add_sam_options, chosen, names
+
+__all__ = ["HELP", "parser", "run"]
+
+HELP = "measure localization accuracy on photos with boxes"
+
+_DESCRIPTION = """Measure localization accuracy on photos with annotated boxes, under named protocols.
+
+Coarse maps are scored alone and, with --masks, matched with SAM's masks. DIR gets report.md (every protocol spelled
+out, the oracle threshold beside fixed ones), summary.json, photos_*.csv with a row a photo from which all numbers can
+be computed again, plots, and a contact sheet of the best and worst photos. Mask galleries are kept in --galleries, so
+that a second study of the same photos takes seconds.
+
+examples:
+  pro2sam-fast evaluate --data cub --root CUB_200_2011 --coarse runs/cub --output eval
+  pro2sam-fast evaluate --data cub --root CUB_200_2011 --masks --galleries galleries --output eval
+  pro2sam-fast evaluate --data ilsvrc --root imagenet --boxes val_xml --coarse gtformer.pth --protocol sat,wsoleval \\
+      --masks --sam vit_h --sam-checkpoint sam_vit_h_4b8939.pth --sam-input 224 --output eval
+  pro2sam-fast evaluate --data folder --root photos --boxes boxes.csv --masks --ablation matching --output eval
+"""
+
+_ABLATIONS = ("matching", "threshold", "points", "tokens")
+
+
+def parser() -> ArgumentParser:
+    parser = Parser(
+        description=_DESCRIPTION,
+        usage="pro2sam-fast evaluate --data NAME --root DIR --output DIR [options]",
+    )
+    parser.add_argument("--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol or folder")
+    parser.add_argument("--root", type=str, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--output", type=str, metavar="DIR", help="folder of the results")
+    parser.add_argument("--boxes", type=str, metavar="PATH", help="annotations: CSV, COCO file or XML folder")
+    parser.add_argument("--metadata", type=str, metavar="DIR", help="metadata folder of wsolevaluation (wsol)")
+    parser.add_argument("--device", type=str, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="photos a pass")
+    group = parser.add_argument_group("maps")
+    group.add_argument(
+        "--coarse",
+        type=str,
+        default="lite",
+        metavar="NAMES",
+        help="comma-separated: 'lite' (bundled), 'cam' (its trunk's class activation map), a run folder or weights of "
+        "pro2sam-fast train, an official GTFormer or SAT checkpoint; cam:, gradcam: or rollout: before one of these "
+        "gives that baseline of it",
+    )
+    group.add_argument("--protocol", type=str, default="sat", metavar="NAMES", help="sat, direct224, wsoleval, tscam")
+    group.add_argument(
+        "--threshold", type=number, metavar="T", help="chosen on other photos; default: the best on these, an oracle"
+    )
+    group.add_argument("--ten-crop", action=yes_no(), default=False, help="classify with ten crops")
+    group.add_argument(
+        "--logits", type=str, metavar="FILE", help="class scores of another model: .npz with ids, logits"
+    )
+    group.add_argument("--classifier", type=str, metavar="NAME", help="timm model for the class, with its own weights")
+    group = parser.add_argument_group("masks")
+    group.add_argument("--masks", action=yes_no(), default=False, help="match the maps with SAM's masks")
+    group.add_argument("--galleries", type=str, metavar="DIR", help="keep mask galleries there")
+    group.add_argument(
+        "--sam-input", type=str, default="224", metavar="N", help="'native', or photos squeezed to N x N"
+    )
+    group.add_argument(
+        "--ablation", type=str, default="", metavar="NAMES", help=f"comma-separated, out of {', '.join(_ABLATIONS)}"
+    )
+    add_sam_options(group)
+    add_generator_options(parser)
+    return parser
+
+
+def run(arguments: Namespace) -> int:
+    for name in ("data", "root", "output"):
+        if arguments[name] is None:
+            raise ConfigError(f"--{name} is missing")
+    from ..data.localization import open_dataset
+    from ..eval.study import Study, external_scores
+
+    data = open_dataset(arguments.data, arguments.root, False, boxes=arguments.boxes, metadata=arguments.metadata)
+    ablations = names(arguments.ablation) if arguments.ablation else []
+    if unknown := [name for name in ablations if name not in _ABLATIONS]:
+        raise ConfigError(f"unknown ablation {unknown[0]!r}, choose from {', '.join(_ABLATIONS)}")
+    if ablations and not arguments.masks:
+        raise ConfigError("--ablation needs --masks")
+    study = Study(
+        data,
+        arguments.output,
+        protocols=names(arguments.protocol),
+        threshold=arguments.threshold,
+        batch_size=arguments.batch_size,
+        ten_crop=arguments.ten_crop,
+        device=arguments.device,
+        scores=external_scores(data, arguments.logits, arguments.classifier, arguments.device),
+    )
+    for coarse in names(arguments.coarse):
+        study.add_maps(coarse)
+    if arguments.masks:
+        sam_input = arguments.sam_input if arguments.sam_input == "native" else whole(arguments.sam_input)
+        study.add_masks(
+            arguments.sam,
+            arguments.sam_checkpoint,
+            chosen(arguments, GENERATOR_OPTIONS),
+            sam_input=sam_input,
+            galleries=arguments.galleries,
+            ablations=ablations,
+        )
+    tell(str(study.write()), sys.stdout)
+    return OK

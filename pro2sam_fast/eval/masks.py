@@ -1,0 +1,81 @@
+"""Evaluation of Pro2SAM as a whole: coarse maps matched with SAM's masks, boxes of the chosen masks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..boxes import tight_box
+from ..data.localization import LocalizationDataset
+from ..data.tables import open_image
+from ..pipelines.matching import match
+from .gallery_cache import GalleryCache
+from .localization import LocalizationAccuracy
+from .maps import Predictions
+from .protocols import PROTOCOLS, transform_boxes
+
+__all__ = ["MaskReport", "evaluate_masks"]
+
+_VIEW = 224
+
+
+@dataclass
+class MaskReport:
+    """metrics: see `LocalizationAccuracy.compute`. sources: photos by what made their mask: sam, coarse or full.
+    accuracy: holds the records."""
+
+    metrics: dict[str, float]
+    sources: dict[str, int]
+    accuracy: LocalizationAccuracy
+
+
+@torch.inference_mode()
+def evaluate_masks(
+    predictions: Predictions,
+    data: LocalizationDataset,
+    galleries: GalleryCache,
+    *,
+    matching: Mapping[str, Any] | None = None,
+    sam_input: int | str = 224,
+    box: str = "otsu_union",
+    min_region_box: int = 100,
+    iou_set: Sequence[float] = (0.5, 0.7, 0.9),
+) -> MaskReport:
+    """Matches every map with its photo's gallery and scores the box of the chosen mask in a 224 x 224 view.
+
+    Args:
+        predictions: of photos of `data`; scores decide Top-1 and Top-5 if they are there.
+        galleries: gives the masks.
+        matching: options of `pipelines.matching.match`.
+        sam_input: "native", or the side of the square to which photos are squeezed for SAM (224 in the published
+            evaluation).
+        box, min_region_box: as for `Localizer`.
+    """
+    rules = PROTOCOLS["mask"]
+    accuracy = LocalizationAccuracy(rules)
+    sources: Counter[str] = Counter()
+    by_id = {photo.id: photo for photo in data.photos}
+    for n, key in enumerate(predictions.ids):
+        photo = by_id[key]
+        image = open_image(photo.path).convert("RGB")
+        if sam_input != "native":
+            image = image.resize((sam_input, sam_input), Image.Resampling.BILINEAR)
+        gallery = galleries.generate([np.asarray(image)])[0]
+        found = match(gallery, torch.from_numpy(predictions.maps[n]), **(matching or {}))
+        height, width = found.mask.shape
+        extent = found.box(box, min_region_box)
+        if extent == (0, 0, width, height):  # perhaps only because every region is too small
+            extent = tight_box(found.mask) or extent
+        scaled = np.asarray(extent, dtype=np.float64) * _VIEW / np.array([width, height] * 2)
+        truth = transform_boxes(photo.boxes, predictions.sizes[n], rules)
+        scores = None if predictions.scores is None else predictions.scores[n]
+        accuracy.update(key, photo.label, truth, scaled, scores, source=found.source)
+        sources[found.source] += 1
+    accuracy.require(by_id)
+    return MaskReport(accuracy.compute(iou_set), dict(sources), accuracy)

@@ -1,0 +1,73 @@
+"""Baseline maps against plain arithmetic."""
+
+import pytest
+import torch
+from toy_training import model
+
+from pro2sam_fast.eval.baselines import BASELINES
+
+
+@pytest.fixture
+def net():
+    return model(gate="none").eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_maps_fill_the_unit_interval(net, x, name):
+    with torch.inference_mode():
+        out = BASELINES[name](net)(x)
+        torch.testing.assert_close(out["logits"], net(x)["logits"])
+    assert out["map"].shape == (2, 14, 14)
+    assert out["map"].amin((1, 2)).tolist() == [0, 0] and out["map"].amax((1, 2)).tolist() == pytest.approx([1, 1])
+
+
+def test_class_activation_is_the_class_map(net, x):
+    out = net(x, class_maps=True)
+    torch.testing.assert_close(out["class_maps"].mean((2, 3)), out["logits"], rtol=1e-4, atol=1e-5)
+    wanted = out["class_maps"][0, out["logits"][0].argmax()].relu()
+    got = BASELINES["cam"](net)(x)["map"][0]
+    torch.testing.assert_close(got, (wanted - wanted.min()) / (wanted.max() - wanted.min()))
+
+
+def test_grad_cam_is_the_gradient(net, x):
+    # by finite differences: the logit's change along the tokens' own direction of one patch
+    last = net.blocks[-1]
+    seen = []
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        net(x[:1])
+    handle.remove()
+    tokens = seen[0].double()
+    net = net.double()
+
+    def logit(z):
+        z, _ = last(z, 4, True, False, slice(1, -4))
+        return net.head(net.norm(z).unflatten(1, (14, 14))).amax()
+
+    step, gradient = 1e-6, torch.zeros_like(tokens)
+    with torch.no_grad():
+        for d in range(tokens.shape[-1]):
+            # the mean gradient over patches is the change when all patches move together
+            moved = tokens.clone()
+            moved[:, 1:-4, d] += step
+            gradient[:, 1:-4, d] = (logit(moved) - logit(tokens)) / step / 196
+        scores = (tokens * gradient)[:, 1:-4].sum(-1).relu().view(14, 14)
+        got = BASELINES["gradcam"](net)(x[:1].double())["map"][0]
+    torch.testing.assert_close(got, (scores - scores.min()) / (scores.max() - scores.min()), rtol=1e-3, atol=1e-3)
+
+
+def test_rollout_of_uniform_attention(net, x):
+    for block in net.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.weight)
+        torch.nn.init.zeros_(block.attn.qkv.bias)
+    _, reach = BASELINES["rollout"](net).scores(x)
+    # every patch is reached alike, and with the other tokens it all adds up to one
+    assert reach.std() < 1e-6
+    share = 0.5**3
+    mixed = (1 - share) / 201
+    assert reach[0, 0, 0].item() == pytest.approx(share / 196 + mixed, rel=1e-4)

@@ -1,0 +1,160 @@
+"""The commands train and evaluate, from photos on disk to the report."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pro2sam_fast.api import load
+from pro2sam_fast.cli import main
+from pro2sam_fast.data.localization import ImageFolder
+from pro2sam_fast.errors import CheckpointError, ConfigError, DataError
+from pro2sam_fast.eval.gallery_cache import GalleryCache
+from pro2sam_fast.eval.localization import LocalizationAccuracy
+from pro2sam_fast.eval.study import external_scores
+from pro2sam_fast.eval.table import read_records
+from pro2sam_fast.models.trained import ModelSpec, build_trained, load_trained
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    rows, rng = [], np.random.default_rng(0)
+    for c, name in enumerate(("blue", "red")):
+        (root / name).mkdir()
+        for i in range(3):
+            pixels = rng.integers(60, 90, (96, 128, 3)).astype(np.uint8)
+            x, y = 8 + 16 * i, 12 + 8 * i
+            pixels[y : y + 56, x : x + 64] = (230, 30, 30) if c else (30, 30, 230)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+            rows.append(f"{name}/{i}.png,{x},{y},{x + 64},{y + 56}")
+    (root / "boxes.csv").write_text("\n".join(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    options = ["--data", "folder", "--root", str(photos), "--arch", "lite", "--epochs", "2", "--batch-size", "3"]
+    val = ["--val-root", str(photos), "--val-boxes", str(photos / "boxes.csv")]
+    assert main(["train", "gtformer", *options, *val, "--run", str(run), "--device", "cpu"]) == 0
+    return run
+
+
+def test_a_trained_model_localizes(trained, photos):
+    model, spec = load_trained(trained)
+    assert spec.class_names == ("blue", "red") and spec.arch == "lite" and not model.training
+    # the frozen trunk is the bundled one
+    bundled = load("lite").coarse.model.patch_embed.trunk.state_dict()
+    own = model.patch_embed.trunk.state_dict()
+    assert all(torch.equal(own[k], bundled[k]) for k in own)
+    localizer = load(coarse=trained, points_per_side=4)
+    result = localizer(np.asarray(Image.open(photos / "red" / "0.png")))[0]
+    assert result.label_name in ("blue", "red") and result.mask.shape == (96, 128)
+
+
+def test_a_report(trained, photos, tmp_path, capsys):
+    options = ["--data", "folder", "--root", str(photos), "--boxes", str(photos / "boxes.csv"), "--masks"]
+    more = [
+        "--coarse",
+        f"{trained},cam",
+        "--protocol",
+        "sat,wsoleval",
+        "--points-per-side",
+        "4",
+        "--sam-input",
+        "native",
+    ]
+    galleries = ["--galleries", str(tmp_path / "galleries"), "--ablation", "matching"]
+    for folder in ("first", "second"):
+        assert main(["evaluate", *options, *more, *galleries, "--output", str(tmp_path / folder)]) == 0
+    assert "report.md" in capsys.readouterr().out
+    first, second = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("first", "second"))
+    assert first == second
+    assert [e["protocol"] for e in first["maps"]] == ["sat", "wsoleval"] * 2
+    assert len(first["masks"]) == 2 * 4
+    assert len(list((tmp_path / "galleries").rglob("*.npz"))) == 6
+    for entry in first["maps"] + first["masks"]:
+        again = LocalizationAccuracy(entry["protocol"])
+        again.merge(read_records(tmp_path / "first" / entry["records"]))
+        assert again.compute() == entry["metrics"]
+        assert sum(entry["errors"].values()) == pytest.approx(100)
+    # classes of a folder the trained model knows; ImageNet's say nothing here
+    assert "Top-1 Loc" in first["maps"][0]["metrics"] and "Top-1 Loc" not in first["maps"][2]["metrics"]
+    report = (tmp_path / "first" / "report.md").read_text()
+    assert "oracle" in report and "protocol `wsoleval`" in report and "similarity bbox" in report
+    with Image.open(tmp_path / "first" / "best_and_worst.jpg") as sheet:
+        assert sheet.width > 224
+
+
+class Counting:
+    def __init__(self, generator):
+        self.generator, self.sam, self.calls = generator, generator.sam, 0
+
+    def generate(self, images):
+        self.calls += 1
+        return self.generator.generate(images)
+
+
+def test_galleries_are_found_by_content(tmp_path, photos):
+    generator = Counting(load("lite", points_per_side=2).generator)
+    a, b = (np.asarray(Image.open(photos / "red" / f"{i}.png")) for i in (0, 1))
+    cache = GalleryCache(generator, tmp_path, {"points_per_side": 2})
+    fresh = cache.generate([a, b])
+    again = GalleryCache(generator, tmp_path, {"points_per_side": 2}).generate([a.copy(), b])
+    assert generator.calls == 2
+    for one, two in zip(fresh, again):
+        assert one.size == two.size and torch.equal(one.masks, two.masks) and torch.equal(one.points, two.points)
+    GalleryCache(generator, tmp_path, {"points_per_side": 3}).generate([a])
+    assert generator.calls == 3, "other options, other galleries"
+    for path in tmp_path.rglob("*.npz"):
+        path.write_bytes(path.read_bytes()[:100])
+    restored = cache.generate([a])[0]
+    assert generator.calls == 4 and torch.equal(restored.masks, fresh[0].masks)
+    GalleryCache(generator, None).generate([a])
+    assert generator.calls == 5
+
+
+def test_scores_of_another_model(photos, tmp_path):
+    data = ImageFolder(photos)
+    ids = np.array([p.id for p in data.photos])
+    np.savez(tmp_path / "scores.npz", ids=ids, logits=np.eye(6, 2, dtype=np.float32))
+    assert external_scores(data, str(tmp_path / "scores.npz"))[ids[0]].tolist() == [1, 0]
+    np.savez(tmp_path / "scores.npz", ids=ids[:4], logits=np.zeros((4, 2)))
+    with pytest.raises(DataError, match="2 photos have no scores"):
+        external_scores(data, str(tmp_path / "scores.npz"))
+    (tmp_path / "scores.npz").write_bytes(b"no")
+    with pytest.raises(DataError, match="expected an .npz file"):
+        external_scores(data, str(tmp_path / "scores.npz"))
+    with pytest.raises(ConfigError, match="not both"):
+        external_scores(data, "a", "b")
+    with pytest.raises(ConfigError, match="timm can't give"):
+        external_scores(data, None, "no_such_model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nothing"], "kind of data must be one of"),
+        (["--data", "folder", "--metadata", "m"], "takes no metadata"),
+        (["--data", "wsol"], "needs metadata"),
+        (["--data", "folder", "--ablation", "matching"], "needs --masks"),
+        (["--data", "folder", "--masks", "--ablation", "nothing"], "unknown ablation 'nothing'"),
+        (["--data", "folder", "--protocol", "mask"], "mask protocol"),
+        (["--data", "folder", "--protocol", "best"], "unknown protocol 'best'"),
+    ],
+)
+def test_wrong_usage(arguments, message, photos, tmp_path, capsys):
+    assert main(["evaluate", "--root", str(photos), "--output", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_models(tmp_path):
+    with pytest.raises(ConfigError, match="unknown arch 'vgg'"):
+        build_trained(ModelSpec("vgg", ("a",)))
+    with pytest.raises(ConfigError, match="takes a trunk"):
+        build_trained(ModelSpec("lite", ("a",)), True)
+    with pytest.raises(CheckpointError, match="no description"):
+        load_trained(tmp_path)
