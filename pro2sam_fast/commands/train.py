@@ -102,7 +102,7 @@ def parser() -> ArgumentParser:
 def run(arguments: Namespace) -> int:
     for name in ("data", "run"):
         if arguments[name] is None:
-            raise ConfigError(f"--{name} is missing")
+            raise ConfigError(f"--{name} is missing; see pro2sam-fast train --help")
     if arguments.what in _TRAINED:
         return _run_gtformer(arguments)
 

@@ -120,7 +120,7 @@ def test_stages_in_the_wrong_order(data, tiny, tmp_path):
 
 def test_command_names_what_is_missing(data, tmp_path, capsys):
     assert main(["train", "lite", "--run", str(tmp_path)]) == 2
-    assert "--data DIR is missing" in capsys.readouterr().err
+    assert "--data is missing" in capsys.readouterr().err
     assert main(["train", "lite", "--data", str(tmp_path), "--run", str(tmp_path / "run")]) == 1
     assert "coco200" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
