@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
+import statistics
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from case import Case, Floor, Runs, Skip
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from pro2sam_fast import MaskGenerator
 from pro2sam_fast.generator import point_grid
+from pro2sam_fast.models.sam import grid_decoder
 
 from . import Options
-from .shared import grid, in_dtype, original, sam, with_full_precision
+from .shared import grid, in_dtype, original, replaced, sam, with_full_precision
 
 __all__ = ["cases", "decode_floor", "ours", "peers", "plain"]
 
@@ -73,12 +76,49 @@ def _build(options: Options, points: int, share: float) -> Runs:
         threshold = iou.amax(1).quantile(1 - share).item()
         facts = survivors(iou, threshold)
     facts["pred_iou_thresh"] = round(threshold, 5)
+    run = ours(options, model, embedding, coords, threshold)
     return Runs(
-        {"auto": ours(options, model, embedding, coords, threshold)},
+        {"auto": run},
         peers(options, "vit_b", embedding, coords),
         facts,
         ("points", points),
+        stages=functools.partial(_stages, run) if options.device.type == "cpu" else None,
     )
+
+
+PARTS = {
+    "sweep 0": (grid_decoder, "decode_sweep0"),
+    "sweep 1": (grid_decoder, "decode_sweep1"),
+    "sweep 2": (grid_decoder, "decode_sweep2"),
+    "upscaling": (grid_decoder, "decode_upscale"),
+    "bases": (grid_decoder.GridDecoder, "bases"),
+}
+
+
+def _stages(run: Callable[[], object], rounds: int = 5) -> dict[str, float]:
+    """Milliseconds of the parts of a call, medians; the token layers are what the kernels leave."""
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        spent: Counter[str] = Counter()
+        with ExitStack() as stack:
+            for part, (owner, name) in PARTS.items():
+                stack.enter_context(replaced(owner, **{name: _timed(getattr(owner, name), part, spent)}))
+            start = time.perf_counter()
+            run()
+            spent["token layers"] = 1e3 * (time.perf_counter() - start) - sum(spent.values())
+        for part, value in spent.items():
+            found.setdefault(part, []).append(value)
+    return {part: statistics.median(values) for part, values in found.items()}
+
+
+def _timed(function: Callable, part: str, spent: Counter[str]) -> Callable:
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[part] += 1e3 * (time.perf_counter() - start)
+        return result
+
+    return timed
 
 
 def ours(options: Options, model, embedding: Tensor, coords: Tensor, threshold: float) -> Callable[[], object]:
