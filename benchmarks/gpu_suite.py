@@ -64,6 +64,7 @@ PROOF = {
     "devices": [f"test_the_tensors_device_is_the_one_that_runs[{backend}]" for backend in ("cuda", "triton")],
     "packing": ["test_cuda_equals_cpu"],
     "match": ["test_same_result_on_a_gpu"],
+    "sharding": ["test_two_processes_on_gpus"],
 }
 OP_ITEMS = {
     "mask_match": ("mask-match", "native-context", "devices"),
@@ -297,7 +298,7 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
         yield _sanitized(tests(f"{tool} ops", "tests/ops", "-m", "not slow", "-k", SMALL, settles=(tool,)), tool)
     benches = _benchmarks(arguments, out)
     yield from _sent(benches, ("op",))
-    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=("match",))
+    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=("match", "sharding"))
     yield from _sent(benches, KINDS[1:])
 
 

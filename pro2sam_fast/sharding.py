@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
@@ -170,6 +171,7 @@ class _Worker:
 def _serve(connection, build: bytes, device: str, threads: int) -> None:
     """The process: builds, then answers until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         if device.startswith("cuda"):
@@ -190,6 +192,11 @@ def _serve(connection, build: bytes, device: str, threads: int) -> None:
                 failure = error
             if not _send(connection, results, failure):
                 return
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _send(connection, results: Any, error: Exception | None) -> bool:

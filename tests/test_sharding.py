@@ -203,12 +203,12 @@ def test_no_process_outlives_the_program(sign, photos, tmp_path):
         while program.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
             time.sleep(0.05)
         children = [int(pid) for pid in Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()]
-        assert len(children) == 2 and program.poll() is None
         if sign == signal.SIGINT:
             os.killpg(program.pid, sign)  # as a terminal does
         else:
             program.send_signal(sign)
         status = program.wait(timeout=60)
+        assert len(children) >= 2  # and what Python's multiprocessing starts along with them
         assert status == (130 if sign == signal.SIGINT else -sign)
         begun = time.monotonic()
         while any(map(alive, children)) and time.monotonic() - begun < 30:
