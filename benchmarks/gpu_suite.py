@@ -46,6 +46,12 @@ print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPUs", torch.cuda
 for index in range(torch.cuda.device_count()): print(torch.cuda.get_device_properties(index))
 print("absent:", *[name for name in {MODULES} if importlib.util.find_spec(name) is None])
 """
+SELF_CHECKS = """
+from pro2sam_fast.backends import self_check_table, self_checks
+checks = self_checks()
+print(self_check_table(checks))
+raise SystemExit(not all(checks))
+"""
 # Tests that must have passed, not merely been skipped, before an item counts as settled.
 PROOF = {
     "mask-match": [
@@ -53,12 +59,18 @@ PROOF = {
         for name in ("opcheck_on_a_gpu", "cuda_graph_capture", "follows_the_current_stream")
         for backend in ("cuda", "triton")
     ],
+    "self-checks": [f"test_capture_before_the_first_call[{backend}]" for backend in ("cuda", "triton")],
     "native-context": ["test_a_failed_launch_does_not_fail_the_next", "test_ties_go_to_the_first[cuda]"],
     "devices": [f"test_the_tensors_device_is_the_one_that_runs[{backend}]" for backend in ("cuda", "triton")],
     "packing": ["test_cuda_equals_cpu"],
     "match": ["test_same_result_on_a_gpu"],
+    "sharding": ["test_two_processes_on_gpus"],
 }
-OP_ITEMS = {"mask_match": ("mask-match", "native-context", "devices"), "packing": ("packing",)}
+OP_ITEMS = {
+    "mask_match": ("mask-match", "native-context", "devices"),
+    "packing": ("packing",),
+    "self_checks": ("self-checks",),
+}
 KINDS = ("op", "pipeline", "stage", "training", "memory", "scaling")
 
 
@@ -270,6 +282,7 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
         )
     yield Step("machine", [python, "-c", MACHINE], 60)
     yield Step("package", [python, "-P", "-m", "pro2sam_fast"], 60)
+    yield Step("self-checks", [python, "-P", "-c", SELF_CHECKS], 240, settles=("self-checks",))
 
     def tests(name: str, *options: str, **more) -> Step:
         junit = work / f"{name.replace(' ', '-')}.xml"
@@ -285,7 +298,7 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
         yield _sanitized(tests(f"{tool} ops", "tests/ops", "-m", "not slow", "-k", SMALL, settles=(tool,)), tool)
     benches = _benchmarks(arguments, out)
     yield from _sent(benches, ("op",))
-    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=("match",))
+    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=("match", "sharding"))
     yield from _sent(benches, KINDS[1:])
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from .errors import ConfigError
 from .generator import MaskGenerator
+from .io import iter_sources
 from .models.gtformer import load_official
 from .models.sam import Sam
 from .models.sam.build import build_sam, sam_model_registry
@@ -20,6 +21,7 @@ from .models.trained import load_trained, read_spec
 from .pipelines.matching import match
 from .pipelines.pro2sam import Localizer, PhotoNet
 from .results import Localization
+from .sharding import check_devices, photos_at_a_time, workers
 
 __all__ = ["load", "load_coarse", "load_sam", "localize", "option_names"]
 
@@ -31,6 +33,7 @@ def localize(
     batch_size: int | str = "auto",
     stream: bool = False,
     on_error: str = "raise",
+    devices: str | Sequence[str | int] | None = None,
     **options: Any,
 ) -> list[Localization] | Iterator[Localization]:
     """Find the object in every photo: box, mask, label and score.
@@ -41,21 +44,48 @@ def localize(
     device: "auto", "cpu", "cuda", "cuda:1". batch_size: photos a pass or "auto".
     stream: an iterator in constant memory instead of a list.
     on_error: "raise" an ImageReadError at a photo that can't be read, or "skip" it with `Localization.error` set.
+    devices: several GPUs, "0,1" or ["cuda:0", "cuda:1"], that share the photos, each with a process of its own that
+        loads the model anew: for many photos, and in a script below `if __name__ == "__main__":`. Not with `device`.
     options: those of `load`, not together with a `Localizer`.
 
     >>> for photo in localize("photos", stream=True):
     ...     print(photo.path, photo.label_name, photo.box)
     """
     if isinstance(model, Localizer):
-        if options or device != "auto":
-            names = ", ".join([*options, *(["device"] if device != "auto" else [])])
-            raise ConfigError(f"give {names} to load(), not together with a Localizer")
+        given = [*options, *["device"] * (device != "auto"), *["devices"] * (devices is not None)]
+        if given:
+            raise ConfigError(f"give {', '.join(given)} to load(), not together with a Localizer")
         localizer = model
+    elif devices is not None:
+        if device != "auto":
+            raise ConfigError("give device or devices, not both")
+        calls = {"batch_size": batch_size, "on_error": on_error, "stream": stream}
+        results = _sharded(source, devices, batch_size, {"name_or_dir": model, **options}, calls)
+        return results if stream else list(results)
     elif model == "lite" and not options:
         localizer = _bundled(str(device))
     else:
         localizer = load(model, device=device, **options)
     return localizer(source, batch_size=batch_size, stream=stream, on_error=on_error)
+
+
+def localizing(model: dict[str, Any], calls: dict[str, Any], device: str) -> tuple[Callable, Any]:
+    """For `sharding.workers`: a localizer with these arguments of `load`, called with these, and its class names."""
+    localizer = load(**model, device=device)
+    return functools.partial(localizer, **calls), localizer.class_names
+
+
+def _sharded(
+    source: Any, devices: str | Sequence[str | int], batch_size: int | str, model: dict[str, Any], calls: dict[str, Any]
+) -> Iterator[Localization]:
+    names = check_devices(devices)
+    size = photos_at_a_time(names, batch_size)
+
+    def results() -> Iterator[Localization]:
+        with workers(functools.partial(localizing, model, calls), names, size) as (run, _):
+            yield from run(iter_sources(source))
+
+    return results()
 
 
 def load(

@@ -15,7 +15,7 @@ from types import MappingProxyType, ModuleType
 
 from . import __version__
 
-__all__ = ["BackendState", "backends", "report"]
+__all__ = ["BackendState", "SelfCheck", "backends", "report", "self_checks"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,69 @@ class BackendState:
         return f"{self.state}: {self.reason}"
 
 
-def report() -> str:
-    """The text of `python -m pro2sam_fast`: versions, back ends with their reasons, the CPU instruction set."""
+@dataclass(frozen=True)
+class SelfCheck:
+    """One op of one back end against the reference, on a small case.
+
+    Attributes:
+        op, backend, device: names.
+        reason: what is wrong, or None if it passed.
+    """
+
+    op: str
+    backend: str
+    device: str
+    reason: str | None
+
+    def __bool__(self) -> bool:
+        return self.reason is None
+
+
+def self_checks() -> list[SelfCheck]:
+    """Every op on every back end that can run here, on every device that it takes."""
     import torch
+
+    from .ops import _backends
+
+    found = []
+    for backend in list(_PROBES)[1:]:
+        on_cpu = _backends.unavailable(backend, "cpu") is None
+        devices = ["cpu"] if on_cpu else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if not backends[backend]:
+            continue
+        for op in _backends.REGISTRATIONS.values():
+            if backend not in op.implementations:
+                continue
+            for device in devices:
+                try:
+                    reason = op.self_check(backend, torch.device(device))
+                except Exception as error:  # no memory
+                    reason = _backends.one_line(error)
+                found.append(SelfCheck(op.name, backend, device, reason))
+    return found
+
+
+def self_check_table(checks: list[SelfCheck]) -> str:
+    """A line for each op, a column for each back end, and what is wrong."""
+    columns = list(dict.fromkeys((check.backend, check.device) for check in checks))
+    if not columns:
+        return "self-checks: nothing but the reference can run here"
+    outcomes = {(check.op, check.backend, check.device): "passed" if check else "FAILED" for check in checks}
+    titles = [backend if device == "cpu" == backend else f"{backend} on {device}" for backend, device in columns]
+    lines = ["self-checks, each kernel against the reference", f"  {'':<26}{''.join(f'{t:<18}' for t in titles)}"]
+    for op in dict.fromkeys(check.op for check in checks):
+        cells = "".join(f"{outcomes.get((op, *column), 'no kernel'):<18}" for column in columns)
+        lines.append(f"  {op:<26}{cells}")
+    lines += [f"  FAILED {c.op}, {c.backend} on {c.device}: {c.reason}" for c in checks if not c]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def report() -> str:
+    """The text of `python -m pro2sam_fast`: versions, back ends with their reasons, the CPU instruction set, and which
+    kernels this process has stopped using."""
+    import torch
+
+    from .ops import _backends
 
     lines = [
         f"pro2sam-fast {__version__}, Python {platform.python_version()}, {platform.platform()}",
@@ -62,6 +122,8 @@ def report() -> str:
     for state in backends.values():
         lines.append(f"  {state.name:<10} {state.state:<8} {state.reason}")
         lines.extend(f"  {'':<10} {'':<8} {name}: {_text(value)}" for name, value in state.details.items())
+    for op in _backends.REGISTRATIONS.values():
+        lines.extend(f"  {op.name}, {name} on {device}: {why}" for (name, device), why in op.failures().items())
     return "\n".join(lines)
 
 

@@ -22,10 +22,15 @@ def items_per_chunk(bytes_each: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory is short: that of a device, of Python, or of PyTorch's CPU allocator."""
+    """Whether an exception says that memory is short: that of a device, of Python, or of PyTorch's CPU allocator.
+
+    A launch that finds no room for its stack is told by the CUDA driver in words only, "out of memory".
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "out of memory")
+    )
 
 
 def in_chunks(call: Callable[[int, int], T], count: int, size: int) -> list[T]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from jsonargparse import ArgumentParser, Namespace
 
 from .. import __version__
@@ -14,6 +17,7 @@ from .runs import (
     add_run_options,
     add_sam_options,
     chosen,
+    devices,
     expand,
     finish,
     max_pixels,
@@ -115,31 +119,34 @@ def run(arguments: Namespace) -> int:
     options["max_pixels"] = max_pixels(arguments)
     batch_size = number_or(arguments.batch_size, "auto", "--batch-size")
 
+    from ..sharding import photos_at_a_time, workers
+
+    where = devices(arguments)
+    calls = {"batch_size": batch_size, "on_error": arguments.on_error, "stream": True}
+    build = functools.partial(_build, model, options, calls)
+    with workers(build, where, photos_at_a_time(where, batch_size, len(sources))) as (localized, class_names):
+        writer = LocalizationWriter(
+            arguments.output,
+            formats=formats,
+            overlay=arguments.overlay,
+            masks=arguments.masks,
+            config={"version": __version__, **model, **options},
+            resume=arguments.resume,
+            class_names=class_names,
+            inputs=[source.path for source in sources],
+        )
+        progress = Progress(len(sources), len(writer.log), arguments.quiet)
+        with writer, progress:
+            for result in localized(writer.remaining(sources)):
+                writer.write(result)
+                progress.advance(result.error)
+    return finish(progress, writer.log.records(), arguments.output)
+
+
+def _build(model: dict[str, Any], options: dict[str, Any], calls: dict[str, Any], device: str):
     from ..api import load
 
-    localizer = load(
-        model["model"],
-        coarse=model["coarse"],
-        sam=model["sam"],
-        sam_checkpoint=model["sam_checkpoint"],
-        device=arguments.device,
-        candidates=0,
-        **options,
-    )
-    writer = LocalizationWriter(
-        arguments.output,
-        formats=formats,
-        overlay=arguments.overlay,
-        masks=arguments.masks,
-        config={"version": __version__, **model, **options},
-        resume=arguments.resume,
-        class_names=localizer.class_names,
-        inputs=[source.path for source in sources],
-    )
-    progress = Progress(len(sources), len(writer.log), arguments.quiet)
-    with writer, progress:
-        remaining = writer.remaining(sources)
-        for result in localizer(remaining, batch_size=batch_size, stream=True, on_error=arguments.on_error):
-            writer.write(result)
-            progress.advance(result.error)
-    return finish(progress, writer.log.records(), arguments.output)
+    name, *others = model.values()
+    pair = dict(zip(("coarse", "sam", "sam_checkpoint"), others, strict=True))
+    localizer = load(name, **pair, device=device, candidates=0, **options)
+    return functools.partial(localizer, **calls), localizer.class_names

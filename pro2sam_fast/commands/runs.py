@@ -22,6 +22,7 @@ __all__ = [
     "add_run_options",
     "add_sam_options",
     "chosen",
+    "devices",
     "expand",
     "finish",
     "max_pixels",
@@ -53,6 +54,9 @@ def add_run_options(parser: ArgumentParser) -> None:
     group.add_argument("--resume", action=yes_no(), default=False, help="continue the interrupted run in DIR")
     group.add_argument(
         "--device", type=str, default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N"
+    )
+    group.add_argument(
+        "--devices", type=str, metavar="LIST", help="several GPUs that share the photos, as 0,1: a process for each"
     )
     group.add_argument("--batch-size", type=str, default="auto", metavar="N", help="photos per pass, or auto")
     group.add_argument(
@@ -131,6 +135,17 @@ def expand(arguments: Namespace) -> list[Source]:
 def chosen(arguments: Namespace, names) -> dict[str, Any]:
     """The options that were given; the others keep the model's defaults."""
     return {name: arguments[name] for name in names if arguments[name] is not None}
+
+
+def devices(arguments: Namespace) -> list[str]:
+    """The device, or those that share the photos."""
+    if arguments.devices is None:
+        return [arguments.device]
+    if arguments.device != "auto":
+        raise ConfigError("give --device or --devices, not both")
+    from ..sharding import check_devices
+
+    return check_devices(names(arguments.devices))
 
 
 def names(text: str) -> list[str]:

@@ -67,9 +67,14 @@ def _compact_triton(keep):
     return index, count
 
 
+def _example(device):
+    return (torch.rand(3001, generator=torch.Generator().manual_seed(0)).to(device) < 0.3,)
+
+
 register(
     'compact(Tensor keep, *, str backend="auto") -> (Tensor index, Tensor count)',
     _check_compact,
     {"reference": _compact, "cuda": _compact_cuda, "triton": _compact_triton},
     _empty_compact,
+    {"exact": _example},
 )

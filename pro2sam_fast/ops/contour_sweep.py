@@ -154,10 +154,24 @@ def _contour_sweep_cpu(levels, boxes, first, empty, steps, rule, clamp):
     return outputs
 
 
+def _example(rule):
+    """Two maps of noise with three and no annotated boxes; above the last thresholds there is nothing."""
+
+    def arguments(device):
+        generator = torch.Generator().manual_seed(0)
+        levels = torch.randint(7, (2, 14, 19), generator=generator, dtype=torch.int32)
+        boxes = torch.tensor([[2, 3, 9, 8], [0, 0, 19, 14], [10, 5, 18, 6]], dtype=torch.float64)
+        first, empty = torch.tensor([0, 3, 3]), torch.tensor([0, 0, 1, 1])
+        return *(x.to(device) for x in (levels, boxes, first, empty)), 9, rule, True
+
+    return arguments
+
+
 register(
     "contour_sweep(Tensor levels, Tensor boxes, Tensor first, Tensor empty, SymInt steps, str rule, bool clamp, *, "
     'str backend="auto") -> (Tensor iou, Tensor found)',
     _check_contour_sweep,
     {"reference": _contour_sweep, "cpu": _contour_sweep_cpu},
     _empty_sweep,
+    {"exact": _example("area"), torch.float64: _example("all")},
 )

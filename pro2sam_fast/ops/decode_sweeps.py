@@ -29,7 +29,9 @@ threads, on the order of the prompts or on which other prompts there are.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -433,11 +435,25 @@ def _empty_sweep(tokens, norms):
     return out, torch.empty((len(tokens), norms.shape[-1]), dtype=torch.float32, device=tokens.device)
 
 
+def examples(op: str) -> dict[str, Callable[[torch.device], tuple]]:
+    """Of the self-check of "sweep0", "sweep1", "sweep2" or "upscale"."""
+
+    def arguments(dtype, device):
+        from .decode_example import Arguments
+
+        _, values = getattr(Arguments(dtype=dtype), op)()
+        return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in values)
+
+    dtypes = {"decode float32": torch.float32, "decode bfloat16": torch.bfloat16}
+    return {row: functools.partial(arguments, dtype) for row, dtype in dtypes.items()}
+
+
 register(
     'decode_sweep0(Tensor bases, Tensor values, Tensor image, Tensor q, int pixels, *, str backend="auto") -> Tensor',
     _check_sweep0,
     {"reference": _decode_sweep0, "cpu": _decode_sweep0_cpu},
     lambda bases, values, image, q, pixels: torch.empty(q.shape, dtype=torch.float32, device=q.device),
+    examples("sweep0"),
 )
 register(
     "decode_sweep1(Tensor bases, Tensor values, Tensor norms, Tensor positional, Tensor image, Tensor k0, Tensor v0, "
@@ -446,6 +462,7 @@ register(
     _check_sweep1,
     {"reference": _decode_sweep1, "cpu": _decode_sweep1_cpu},
     lambda bases, values, norms, positional, image, k0, *others: _empty_sweep(k0, norms),
+    examples("sweep1"),
 )
 register(
     "decode_sweep2(Tensor bases, Tensor values, Tensor norms, Tensor positional, Tensor image, Tensor r1, Tensor k0, "
@@ -454,4 +471,5 @@ register(
     _check_sweep2,
     {"reference": _decode_sweep2, "cpu": _decode_sweep2_cpu},
     lambda bases, values, norms, positional, image, r1, k0, *others: _empty_sweep(k0, norms),
+    examples("sweep2"),
 )

@@ -24,6 +24,7 @@ from .decode_sweeps import (
     attend_tokens,
     check_decode,
     check_images,
+    examples,
     native_shape,
     queries1,
     shapes,
@@ -179,4 +180,5 @@ register(
     _check_upscale,
     {"reference": _decode_upscale, "cpu": _decode_upscale_cpu},
     lambda *arguments: _empty_upscale(arguments[9], *arguments[17:19]),
+    examples("upscale"),
 )

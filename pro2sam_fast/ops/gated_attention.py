@@ -11,6 +11,7 @@ For one image with N tokens, of which the last G are query tokens, and H heads o
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -307,12 +308,31 @@ def _differentiate_again(ctx, *grads):
     raise NotImplementedError("gated_attention has no second derivatives")
 
 
+def _example(dtype, device):
+    """Two images of 41 tokens, the last 4 query tokens; 2 heads of 64 channels."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn((3, 2, 41, 128), generator=generator).to(device, dtype)
+    return q, k, v, 2, 4, True, 0, 41
+
+
+def _example_backward(dtype, device):
+    q, k, v, num_heads, num_queries, gate, first_row, rows = _example(dtype, device)
+    out, maps, lse = _gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
+    return v.flip(1), maps.flip(1) - 0.5, q, k, v, out, maps, lse, num_heads, gate, first_row
+
+
+def _examples(example):
+    rows = {torch.float32: torch.float32, "bfloat16 products": torch.bfloat16}
+    return {row: functools.partial(example, dtype) for row, dtype in rows.items()}
+
+
 register(
     "gated_attention(Tensor q, Tensor k, Tensor v, int num_heads, int num_queries, bool gate, SymInt first_row, "
     'SymInt rows, *, str backend="auto") -> (Tensor out, Tensor maps, Tensor lse)',
     _check_gated_attention,
     {"reference": _gated_attention, "cpu": _gated_attention_cpu},
     _empty_gated_attention,
+    _examples(_example),
 )
 register(
     "gated_attention_backward(Tensor grad_out, Tensor grad_maps, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -321,6 +341,7 @@ register(
     _check_gated_attention_backward,
     {"reference": _gated_attention_backward, "cpu": _gated_attention_backward_cpu},
     _empty_gated_attention_backward,
+    _examples(_example_backward),
 )
 torch.library.register_autograd(
     "pro2sam_fast::gated_attention", _differentiate, setup_context=_setup_context, lib=library

@@ -149,9 +149,17 @@ def _mask_clean_cpu(masks, width, min_area):
     return cleaned, changed
 
 
+def _example(device):
+    """Noise of every density: holes and islands of all sizes, ties among the largest."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand((6, 21, 70), generator=generator) < torch.linspace(0.02, 0.95, 6)[:, None, None]
+    return pack_masks(masks).to(device), 70, 9.0
+
+
 register(
     'mask_clean(Tensor masks, SymInt width, float min_area, *, str backend="auto") -> (Tensor cleaned, Tensor changed)',
     _check_mask_clean,
     {"reference": _mask_clean, "cpu": _mask_clean_cpu},
     _empty_mask_clean,
+    {"exact": _example},
 )

@@ -146,15 +146,24 @@ def _mask_iou_triton(a, b):
     return iou
 
 
+def _words(device: torch.device, *shape: int) -> torch.Tensor:
+    """The same random masks each time, a quarter full."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    words = torch.randint(-(2**63), 2**63 - 1, (2, *shape), generator=generator)
+    return (words[0] & words[1]).to(device)
+
+
 register(
     'mask_match(Tensor masks, Tensor query, *, str backend="auto") -> (Tensor scores, Tensor best)',
     _check_mask_match,
     {"reference": _mask_match, "cpu": _mask_match_cpu, "cuda": _mask_match_cuda, "triton": _mask_match_triton},
     _empty_mask_match,
+    {"exact": lambda device: (_words(device, 40, 19), _words(device, 19))},
 )
 register(
     'mask_iou(Tensor a, Tensor b, *, str backend="auto") -> Tensor',
     _check_mask_iou,
     {"reference": _mask_iou, "cpu": _mask_iou_cpu, "cuda": _mask_iou_cuda, "triton": _mask_iou_triton},
     _empty_mask_iou,
+    {"exact": lambda device: (_words(device, 20, 9), _words(device, 18, 9))},
 )

@@ -256,12 +256,21 @@ def _mask_pack_cpu(low_res, img_size, input_size, size, threshold, canvas, origi
     return masks
 
 
+def _example(device: torch.device) -> tuple:
+    """Logits in waves, and where they go: enlarged, then reduced along one side and enlarged along the other."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn((5, 1, 6, 6), generator=generator) * 4
+    low_res = F.interpolate(coarse, (32, 32), mode="bicubic")[:, 0].to(device)
+    return low_res, 128, (128, 80), (200, 70)
+
+
 register(
     "mask_measure(Tensor low_res, SymInt img_size, SymInt[] input_size, SymInt[] size, float threshold, float offset, "
     '*, str backend="auto") -> (Tensor inner, Tensor outer, Tensor areas, Tensor boxes)',
     _check_mask_measure,
     {"reference": _mask_measure, "cpu": _mask_measure_cpu},
     _empty_mask_measure,
+    {"exact": lambda device: (*_example(device), 0.0, 1.0)},
 )
 register(
     "mask_pack(Tensor low_res, SymInt img_size, SymInt[] input_size, SymInt[] size, float threshold, SymInt[] canvas, "
@@ -269,4 +278,5 @@ register(
     _check_mask_pack,
     {"reference": _mask_pack, "cpu": _mask_pack_cpu},
     _empty_mask_pack,
+    {"exact": lambda device: (*_example(device), 0.0, (210, 90), (7, 20))},
 )

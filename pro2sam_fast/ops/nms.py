@@ -86,9 +86,20 @@ def _nms_cpu(boxes, scores, iou_threshold):
     return keep, kept
 
 
+def _example(device):
+    """Forty boxes, half of which overlap a better one by more than half; two scores are equal."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randint(100, (20, 2), generator=generator).float().repeat(2, 1)
+    sizes = torch.randint(20, 60, (40, 2), generator=generator).float()
+    scores = torch.rand(40, generator=generator)
+    scores[7] = scores[30]
+    return torch.cat([corners, corners + sizes], dim=1).to(device), scores.to(device), 0.5
+
+
 register(
     'nms(Tensor boxes, Tensor scores, float iou_threshold, *, str backend="auto") -> (Tensor keep, Tensor kept)',
     _check_nms,
     {"reference": _nms, "cpu": _nms_cpu},
     _empty_nms,
+    {"exact": _example},
 )

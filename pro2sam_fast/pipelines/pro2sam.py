@@ -25,11 +25,11 @@ from ..models.lite import map_and_label
 from ..results import Localization
 from .matching import MatchResult, NoMaskError, match
 
-__all__ = ["Localizer", "PhotoNet", "resolve_device"]
+__all__ = ["AUTO_BATCH", "Localizer", "PhotoNet", "check_batch_size", "resolve_device"]
 
 BOX_RULES = ("otsu_union", "largest")
 _MAX_SAM_INPUT = 8192
-_AUTO_BATCH = {"cpu": 4, "cuda": 16}
+AUTO_BATCH = {"cpu": 4, "cuda": 16}
 _AUTO_PIXELS = {"cpu": 8_000_000, "cuda": 32_000_000}  # a batch holds no more than this, or one photo
 
 
@@ -155,8 +155,7 @@ class Localizer:
         """
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
-        if batch_size != "auto" and not (_is_int(batch_size) and batch_size >= 1):
-            raise ConfigError(f"batch_size must be 'auto' or a whole number of at least 1, not {batch_size!r}")
+        check_batch_size(batch_size)
         results = self._stream(iter_sources(source), batch_size, on_error, stream)
         return results if stream else list(results)
 
@@ -313,7 +312,7 @@ class _Batch:
 
     def __init__(self, size: int | str, device_type: str):
         self.automatic = size == "auto"
-        self.size = _AUTO_BATCH.get(device_type, 1) if self.automatic else size
+        self.size = AUTO_BATCH.get(device_type, 1) if self.automatic else size
         self._pixel_limit = _AUTO_PIXELS.get(device_type, 0) if self.automatic else None
         self._items: list = []
         self._photos = self._pixels = 0
@@ -362,6 +361,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
             reason = str(error).partition("\n")[0]
             raise BackendError(f"no device '{device}': {reason}; use device='cpu'") from error
     return device
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ConfigError unless it is "auto" or a whole number of at least 1."""
+    if batch_size != "auto" and not (_is_int(batch_size) and batch_size >= 1):
+        raise ConfigError(f"batch_size must be 'auto' or a whole number of at least 1, not {batch_size!r}")
 
 
 def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
