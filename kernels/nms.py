@@ -23,8 +23,8 @@ def _or(x, y):
 
 @triton.jit
 def nms_overlaps_kernel(boxes, order, count, alive, overlaps, first, threshold, WORD: tl.constexpr):
-    # Program (r, w): the boxes of word r against those of word first + w that come after them; overlaps (w, i) gets bit j
-    # where box i overlaps the word's box j. Words of earlier programs without a box that is kept are left out.
+    # Program (r, w): the boxes of word r against those of word first + w that come after them; overlaps (w, i) gets bit
+    # j where box i overlaps the word's box j. Words before `first` of which no box is kept are left out.
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1).to(tl.int64) + first
     n = tl.load(count)

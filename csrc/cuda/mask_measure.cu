@@ -16,12 +16,14 @@ bool fits(const MaskFrame& f, int64_t image_height, int64_t words) {
   return true;
 }
 
+int64_t parts_of(int64_t height) { return (height + kPartRows - 1) / kPartRows; }
+
 }  // namespace
 
-int64_t mask_parts_cuda(int64_t height) { return (height + kPartRows - 1) / kPartRows; }
+int64_t mask_partial_values_cuda(int64_t count, int64_t height) { return count * parts_of(height) * kPartValues; }
 
 Status mask_measure_cuda(const MaskMeasureArgs& args, int64_t* partial, int device, void* stream) {
-  const int64_t parts = mask_parts_cuda(args.frame.height), blocks = args.count * parts;
+  const int64_t parts = parts_of(args.frame.height), blocks = args.count * parts;
   if (blocks == 0) return {};
   if (blocks > kMaxBlocks || !fits(args.frame, 0, 0)) return {"too many masks or pixels for one launch"};
   DeviceGuard guard(device);
@@ -37,7 +39,7 @@ Status mask_measure_cuda(const MaskMeasureArgs& args, int64_t* partial, int devi
 }
 
 Status mask_pack_cuda(const MaskPackArgs& args, int device, void* stream) {
-  const int64_t parts = mask_parts_cuda(args.image_height), blocks = args.count * parts;
+  const int64_t parts = parts_of(args.image_height), blocks = args.count * parts;
   if (blocks == 0) return {};
   if (blocks > kMaxBlocks || !fits(args.frame, args.image_height, args.words)) {
     return {"too many masks or pixels for one launch"};

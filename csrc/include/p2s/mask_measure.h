@@ -45,9 +45,8 @@ Status mask_pack_cpu(const MaskPackArgs& args, int threads, const char** isa);
 // How torch finds positions on a CUDA device; see mask_tap.h.
 constexpr bool kCudaFuses = true;
 
-// `partial`: scratch, (count, mask_parts_cuda(height), 7) counts and extents. `stream` is a cudaStream_t of `device`;
-// nothing waits for the device.
-int64_t mask_parts_cuda(int64_t height);
+// `partial`: scratch for so many values. `stream` is a cudaStream_t of `device`; nothing waits for the device.
+int64_t mask_partial_values_cuda(int64_t count, int64_t height);
 Status mask_measure_cuda(const MaskMeasureArgs& args, int64_t* partial, int device, void* stream);
 Status mask_pack_cuda(const MaskPackArgs& args, int device, void* stream);
 
