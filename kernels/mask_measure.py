@@ -356,27 +356,29 @@ def mask_pack(
         _launch(mask_pack_kernel, low_res, masks, grid_size, img_size, input_size, size, more, plan)
 
 
-def _ahead_of_time(kernel, types, plan):
-    frame = {
-        **dict.fromkeys(("tiles", "height", "width", "rows", "columns", "input_height", "input_width"), "i32"),
-        **dict.fromkeys(("input_row_ratio", "input_column_ratio", "row_ratio", "column_ratio"), "fp32"),
-    }
-    for copies in (False, True):
-        constants = {"COPIES_INPUT": False, "COPIES": copies, "FUSED": True}
-        yield (
-            kernel,
-            {"low_res": "*fp32", **frame, **types},
-            {"ROWS": ROWS, "COLUMNS": plan[0], "SUPPORT": plan[2], **constants},
-        )
+_FRAME = {
+    **dict.fromkeys(("tiles", "height", "width", "rows", "columns", "input_height", "input_width"), "i32"),
+    **dict.fromkeys(("input_row_ratio", "input_column_ratio", "row_ratio", "column_ratio"), "fp32"),
+}
 
 
+def _ahead_of_time(kernel, types, plan, copies):
+    columns, warps, support = plan
+    constants = {"COPIES_INPUT": False, "COPIES": copies, "FUSED": True}
+    return (
+        kernel,
+        {"low_res": "*fp32", **_FRAME, **types},
+        {"ROWS": ROWS, "COLUMNS": columns, "SUPPORT": support, **constants},
+        {"num_warps": warps, **UNFUSED},
+    )
+
+
+_CUTS = {"partial": "*i64", **dict.fromkeys(("high", "low", "cut"), "fp32")}
+_IMAGE = {"masks": "*i64", "cut": "fp32", **dict.fromkeys(("image_height", "words", "y0", "x0"), "i32")}
 AHEAD_OF_TIME = (
-    *_ahead_of_time(mask_measure_kernel, {"partial": "*i64", **dict.fromkeys(("high", "low", "cut"), "fp32")}, MEASURE),
-    *_ahead_of_time(
-        mask_pack_kernel,
-        {"masks": "*i64", "cut": "fp32", **dict.fromkeys(("image_height", "words", "y0", "x0"), "i32")},
-        PACK,
-    ),
+    _ahead_of_time(mask_measure_kernel, _CUTS, MEASURE, False),
+    _ahead_of_time(mask_measure_kernel, _CUTS, MEASURE, True),
+    _ahead_of_time(mask_pack_kernel, _IMAGE, PACK, False),
     (
         mask_join_kernel,
         {**dict.fromkeys(("partial", "inner", "outer", "areas", "boxes"), "*i64"), "tiles": "i32"},

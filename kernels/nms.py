@@ -121,6 +121,7 @@ AHEAD_OF_TIME = (
             **{"boxes": "*fp32", "first": "i32", "threshold": "fp32"},
         },
         {"WORD": WORD},
+        UNFUSED,
     ),
     (
         nms_visit_kernel,

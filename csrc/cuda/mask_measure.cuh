@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kMaskThreads)
 
   int64_t mine[kPartValues] = {sink.pixels[kHigh], sink.pixels[kLow], sink.pixels[kCut], sink.x0, sink.y0, sink.x1,
                                sink.y1};
+#pragma unroll
   for (int i = 0; i < kPartValues; ++i) {
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
       mine[i] = mask_joined(i, mine[i], __shfl_xor_sync(kAllLanes, mine[i], lanes));
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(kMaskThreads)
   const int64_t k = blockIdx.x * int64_t{kMaskWarps} + threadIdx.x / kWarp;
   if (k >= args.count) return;
   int64_t value[kPartValues];
+#pragma unroll
   for (int i = 0; i < kPartValues; ++i) {
     value[i] = mask_none(i);
     for (int64_t part = lane; part < parts; part += kWarp) {
