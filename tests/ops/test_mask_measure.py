@@ -77,7 +77,7 @@ def fit_for_the_interpreter(case, where):
         return False
     if MODULE._leave_to_torch(where[0], where[2]):
         pytest.skip("for few pixels PyTorch's CPU kernel rounds in another order")
-    if where[2][0] * where[2][1] > 20_000:
+    if where[2][0] > 150 or where[2][0] * where[2][1] > 12_000:
         pytest.skip("slow in the interpreter")
     return True
 
@@ -85,8 +85,8 @@ def fit_for_the_interpreter(case, where):
 def assert_same(case, logits, where, measures, packed, threshold=0.0, offset=1.0):
     logits = logits.to(case.device)
     if fit_for_the_interpreter(case, where):
-        logits, packed = logits[::4], packed[::4]
-        measures = tuple(x[::4] for x in measures)
+        logits, packed = logits[::5], packed[::5]
+        measures = tuple(x[::5] for x in measures)
     if case.device == "cuda":  # whose resize finds positions in another way
         measures = tuple(x.cpu() for x in mask_measure(logits, *where, threshold, offset, backend="reference"))
         packed = mask_pack(logits, *where, threshold, backend="reference").cpu()
@@ -131,7 +131,7 @@ def test_parity_on_large_photos(case, size):
 
 @pytest.mark.parametrize(("threshold", "offset"), [(0.1, 0.0), (-2.0, 0.7), (3.0, -1.0), (1e30, 1.0)])
 def test_cutoffs(case, threshold, offset):
-    assert_same(case, *expected((120, 160), None, threshold, offset), threshold, offset)
+    assert_same(case, *expected((60, 90), None, threshold, offset), threshold, offset)
 
 
 def test_values_that_are_not_finite(case):
