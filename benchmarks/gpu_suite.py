@@ -304,7 +304,8 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
         yield _sanitized(tests(f"{tool} ops", "tests/ops", "-m", "not slow", "-k", SMALL, settles=(tool,)), tool)
     benches = _benchmarks(arguments, out)
     yield from _sent(benches, ("op",))
-    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=("match", "gallery", "sharding"))
+    on_device = ("match", "gallery", "sharding")
+    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=on_device)
     yield from _sent(benches, KINDS[1:])
 
 
