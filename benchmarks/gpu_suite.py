@@ -52,6 +52,7 @@ checks = self_checks()
 print(self_check_table(checks))
 raise SystemExit(not all(checks))
 """
+ON_DEVICE = ("cuda_graph_capture", "waits_for_nothing")
 # Tests that must have passed, not merely been skipped, before an item counts as settled.
 PROOF = {
     "mask-match": [
@@ -65,6 +66,11 @@ PROOF = {
     "packing": ["test_cuda_equals_cpu"],
     "match": ["test_same_result_on_a_gpu"],
     "sharding": ["test_two_processes_on_gpus"],
+    "gallery": ["test_gallery_on_a_gpu"],
+    **{
+        f"{op}-op": [f"test_{name}[{backend}]" for name in ON_DEVICE for backend in ("cuda", "triton")]
+        for op in ("mask-measure", "nms", "compact")
+    },
 }
 OP_ITEMS = {
     "mask_match": ("mask-match", "native-context", "devices"),
@@ -292,13 +298,14 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
 
     for file in sorted((ROOT / "tests" / "ops").glob("test_*.py")):
         op = file.stem.removeprefix("test_")
-        if not op.endswith("_ahead_of_time"):
+        if not op.endswith(("_ahead_of_time", "_on_host")):
             yield tests(f"tests {op}", str(file), settles=OP_ITEMS.get(op, (f"{op.replace('_', '-')}-op",)))
     for tool in ("memcheck", "racecheck"):
         yield _sanitized(tests(f"{tool} ops", "tests/ops", "-m", "not slow", "-k", SMALL, settles=(tool,)), tool)
     benches = _benchmarks(arguments, out)
     yield from _sent(benches, ("op",))
-    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=("match", "sharding"))
+    on_device = ("match", "gallery", "sharding")
+    yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=on_device)
     yield from _sent(benches, KINDS[1:])
 
 

@@ -19,7 +19,7 @@ from .models.sam import Sam
 from .ops import mask_clean, mask_pack, popcount
 from .ops.mask_measure import boxes_of_packed
 from .ops.packing import words_per_row
-from .postprocess import Frame, measure_masks, nms
+from .postprocess import Frame, nms, score_masks, select
 from .transforms import ResizeLongestSide, check_rgb
 
 __all__ = ["MaskGenerator", "crop_boxes", "point_grid"]
@@ -29,7 +29,10 @@ __all__ = ["MaskGenerator", "crop_boxes", "point_grid"]
 _PART_FOR_LOGITS = 16
 # of a CPU the logits of so many prompts are still in the cache when they are filtered
 _AUTO_POINTS_PER_BATCH = {"cpu": 16}
-_AUTO_POINTS_PER_BATCH_ELSEWHERE = 64
+_AUTO_POINTS_PER_BATCH_ELSEWHERE = 1024
+# A grid of up to so many points passes all filters before anything waits for a GPU, at the price of the logits of the
+# masks that don't pass (at most 805 MB of a SAM's).
+_POINTS_WITHOUT_WAITING = 1024
 # 16 million prompts, 87 thousand crops: beyond that the grids alone fill the memory
 _MOST_POINTS_PER_SIDE = 4096
 _MOST_CROP_LAYERS = 8
@@ -78,8 +81,8 @@ def _joined(parts: list[_Candidates]) -> _Candidates:
 
 
 class _Measured(NamedTuple):
-    """Candidates that passed the filters: also stability float32 (K,), boxes int64 (K, 4) in the crop's pixels, areas
-    int64 (K,). Logits (K, 4e, 4e) or a list of K."""
+    """Candidates and their measures: also stability float32 (K,), boxes int64 (K, 4) in the crop's pixels, areas int64
+    (K,), and whether they pass the filters, bool (K,). Logits (K, 4e, 4e) or a list of K."""
 
     low_res: Tensor | list[Tensor]
     iou: Tensor
@@ -87,11 +90,19 @@ class _Measured(NamedTuple):
     stability: Tensor
     boxes: Tensor
     areas: Tensor
+    keep: Tensor
 
 
-def _take(parts: list[Tensor], index: list[int]) -> list[Tensor]:
-    """The entries at ``index`` of tensors joined along their first dimension. Each tensor is let go, out of ``parts``,
-    as soon as what is wanted of it is copied."""
+def _drops_at_once(device: torch.device, points: int) -> bool:
+    return device.type == "cpu" or points > _POINTS_WITHOUT_WAITING
+
+
+def _take(parts: list[Tensor], index: Tensor) -> Tensor | list[Tensor]:
+    """The entries at ``index`` (k,) of tensors joined along their first dimension. Each tensor is let go, out of
+    ``parts``, as soon as what is wanted of it is copied."""
+    if len(parts) == 1:
+        return parts.pop()[index]
+    index = index.tolist()
     wanted, taken, first = set(index), {}, 0
     parts.reverse()
     while parts:
@@ -242,18 +253,19 @@ class MaskGenerator:
         points = self.point_grids[layer] * np.array([[w, h]])
         coords = self.transform.apply_coords(points, (h, w))
         device = embedding.device
-        points, coords = torch.from_numpy(points).to(device), torch.from_numpy(coords).to(device)
-        measured = [self._measure(batch, frame) for batch in self._batches(embedding, points, coords)]
+        points, coords = (torch.from_numpy(x).to(device, non_blocking=True) for x in (points, coords))
+        drop = _drops_at_once(device, len(points))
+        measured = [self._measure(batch, frame, drop) for batch in self._batches(embedding, points, coords)]
         if not measured:
             return MaskGallery.empty(frame.image_size, device)
         low_res, *columns = zip(*measured, strict=True)
-        iou, points, stability, boxes, areas = map(torch.cat, columns)
-        keep = nms(boxes, iou, self.box_nms_thresh)
-        if not len(keep):
+        iou, points, stability, boxes, areas, keep = map(joined, columns)
+        index = select(keep, boxes, iou, self.box_nms_thresh)
+        if not len(index):
             return MaskGallery.empty(frame.image_size, device)
         del measured
-        low_res = _take(list(low_res), keep.tolist())
-        return self._write(_Measured(low_res, *(x[keep] for x in (iou, points, stability, boxes, areas))), frame)
+        low_res = _take(list(low_res), index)
+        return self._write(_Measured(low_res, *(x[index] for x in (iou, points, stability, boxes, areas, keep))), frame)
 
     def _batches(self, embedding: Tensor, points: Tensor, coords: Tensor) -> Iterator[_Candidates]:
         size = self.points_per_batch
@@ -270,13 +282,15 @@ class MaskGenerator:
         if parts:
             yield _joined(parts)
 
-    def _measure(self, batch: _Candidates, frame: Frame) -> _Measured:
+    def _measure(self, batch: _Candidates, frame: Frame, drop: bool) -> _Measured:
+        # `drop`: masks that don't pass the filters are left out, for whose number the device is waited for
         cuts = self.sam.mask_threshold, self.stability_score_offset, self.stability_score_thresh
 
         def measure(start: int, stop: int) -> _Measured:
             part = _Candidates(*(x[start:stop] for x in batch))
-            index, *measures = measure_masks(part.low_res, frame, *cuts)
-            return _Measured(*(x[index] for x in part), *measures)
+            keep, *measures = score_masks(part.low_res, frame, *cuts)
+            found = _Measured(*part, *measures, keep)
+            return _Measured(*(x[keep] for x in found)) if drop else found
 
         parts = in_chunks(measure, len(batch.iou), len(batch.iou)) or [measure(0, 0)]
         return _Measured(*map(joined, zip(*parts, strict=True)))
@@ -287,8 +301,9 @@ class MaskGenerator:
         masks = found.boxes.new_empty((len(found.low_res), h, words_per_row(w)))
 
         def write(start: int, stop: int) -> None:
+            part = found.low_res[start:stop]
             masks[start:stop] = mask_pack(
-                torch.stack(found.low_res[start:stop]),
+                part if isinstance(part, Tensor) else torch.stack(part),
                 frame.img_size,
                 frame.input_size,
                 frame.crop_size,
@@ -297,7 +312,9 @@ class MaskGenerator:
                 (y0, x0),
             )
 
-        in_chunks(write, len(masks), items_per_chunk(_PART_FOR_LOGITS * found.low_res[0].nbytes))
+        gathered = isinstance(found.low_res, Tensor)
+        size = len(masks) if gathered else items_per_chunk(_PART_FOR_LOGITS * found.low_res[0].nbytes)
+        in_chunks(write, len(masks), size)
         return MaskGallery(
             size=frame.image_size,
             masks=masks,

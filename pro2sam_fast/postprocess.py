@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import ops
@@ -22,6 +23,8 @@ __all__ = [
     "near_crop_edge",
     "nms",
     "remove_small_regions",
+    "score_masks",
+    "select",
     "upsample_logits",
 ]
 
@@ -53,18 +56,22 @@ class Frame(NamedTuple):
 
 def near_crop_edge(boxes: Tensor, frame: Frame) -> Tensor:
     """Which boxes, int64 (K, 4) in the crop's pixels, touch a crop side that is no image side: bool (K,)."""
+    near = boxes.new_zeros(len(boxes), dtype=torch.bool)
+    if frame.is_whole_image:
+        return near
     x0, y0, _, _ = frame.crop_box
     h, w = frame.image_size
-    boxes = (boxes + boxes.new_tensor([x0, y0, x0, y0])).float()
-    at_crop = (boxes - boxes.new_tensor(frame.crop_box)).abs() <= _EDGE_TOLERANCE
-    at_image = (boxes - boxes.new_tensor([0, 0, w, h])).abs() <= _EDGE_TOLERANCE
-    return (at_crop & ~at_image).any(dim=1)
+    # side by side, as constants in a tensor would have to be copied to the device
+    for side, offset, crop, image in zip(boxes.unbind(1), (x0, y0, x0, y0), frame.crop_box, (0, 0, w, h), strict=True):
+        at = (side + offset).float()
+        near |= ((at - crop).abs() <= _EDGE_TOLERANCE) & ((at - image).abs() > _EDGE_TOLERANCE)
+    return near
 
 
-def measure_masks(
+def score_masks(
     low_res: Tensor, frame: Frame, mask_threshold: float, stability_offset: float, stability_thresh: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Drops unstable masks and masks cut by a crop side.
+    """Which masks are stable and not cut by a crop side, without waiting for the device.
 
     The stability score is the IoU of the masks cut at ``mask_threshold + stability_offset`` and ``- stability_offset``
     at the crop's resolution. The smaller mask lies in the larger, so this is a ratio of pixel counts; NaN where both
@@ -78,8 +85,8 @@ def measure_masks(
         stability_thresh: least stability score kept; 0 or less keeps all.
 
     Returns:
-        Indices int64 (k,) of the masks kept, their stability float32 (k,), boxes int64 (k, 4) in the crop's pixels and
-        areas int64 (k,).
+        Which masks are kept, bool (K,), their stability float32 (K,), boxes int64 (K, 4) in the crop's pixels and areas
+        int64 (K,).
     """
     inner, outer, areas, boxes = mask_measure(
         low_res, frame.img_size, frame.input_size, frame.crop_size, mask_threshold, stability_offset
@@ -88,8 +95,21 @@ def measure_masks(
     keep = ~near_crop_edge(boxes, frame)
     if stability_thresh > 0.0:
         keep &= stability >= stability_thresh
+    return keep, stability, boxes, areas
+
+
+def measure_masks(
+    low_res: Tensor, frame: Frame, mask_threshold: float, stability_offset: float, stability_thresh: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Drops unstable masks and masks cut by a crop side; see :func:`score_masks`.
+
+    Returns:
+        Indices int64 (k,) of the masks kept, their stability float32 (k,), boxes int64 (k, 4) in the crop's pixels and
+        areas int64 (k,).
+    """
+    keep, *measures = score_masks(low_res, frame, mask_threshold, stability_offset, stability_thresh)
     index = keep.nonzero().squeeze(1)
-    return index, stability[index], boxes[index], areas[index]
+    return index, *(x[index] for x in measures)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -97,7 +117,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Boxes are visited by descending score, equal scores by ascending index. A visited box removes every later one
     whose float32 IoU with it is greater than ``iou_threshold`` (compared in double). Areas are (x1-x0)*(y1-y0); two
-    boxes without area have the IoU 0/0 = NaN and do not remove each other. Runs on the CPU.
+    boxes without area have the IoU 0/0 = NaN and do not remove each other.
 
     Args:
         boxes: (K, 4) XYXY, taken as float32.
@@ -107,5 +127,21 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Returns:
         int64 (k,): indices of the boxes kept, in the order of the visit, on the device of ``boxes``.
     """
-    keep, kept = ops.nms(boxes.detach().cpu().float(), scores.detach().cpu(), iou_threshold)
-    return keep[: int(kept)].to(boxes.device)
+    keep, kept = ops.nms(boxes.detach().float(), scores.detach(), iou_threshold)
+    return keep[: int(kept)]
+
+
+def select(keep: Tensor, boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """:func:`nms` among the boxes kept so far; waits for the device only for the number of the result.
+
+    Args:
+        keep: bool (K,).
+        boxes, scores, iou_threshold: as for :func:`nms`.
+
+    Returns:
+        int64 (k,): indices of the boxes kept, in the order of the visit.
+    """
+    index, count = ops.compact(keep)
+    index = index.clamp(min=0)
+    visited, kept = ops.nms(boxes[index].float(), scores[index], iou_threshold, count)
+    return index[visited[: int(kept)]]

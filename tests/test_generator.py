@@ -1,6 +1,7 @@
 """MaskGenerator against SamAutomaticMaskGenerator: once with a stand-in network whose masks make every filter bite and
 whose arithmetic is the same for both (exact equality), once with real modules and random weights."""
 
+import copy
 import functools
 import importlib
 
@@ -318,6 +319,23 @@ def test_independent_of_points_per_batch_and_of_the_other_photos(small_sam, poin
     generator = MaskGenerator(small_sam, points_per_side=5, points_per_batch=points_per_batch, **SMALL)
     together = generator.generate([IMAGES[i] for i in chosen])
     assert all(same(gallery, alone[i]) for gallery, i in zip(together, chosen, strict=True))
+
+
+@pytest.mark.parametrize("points_per_batch", [3, "auto"])
+def test_filters_that_wait_for_nothing_keep_the_same(small_sam, monkeypatch, points_per_batch):
+    monkeypatch.setattr("pro2sam_fast.generator._drops_at_once", lambda *_: False)
+    generator = MaskGenerator(small_sam, points_per_side=5, points_per_batch=points_per_batch, **SMALL)
+    galleries = [generator.generate(image)[0] for image in IMAGES]
+    assert all(map(same, galleries, small_galleries(small_sam)))
+
+
+@pytest.mark.cuda
+def test_gallery_on_a_gpu(small_sam):
+    sam = copy.deepcopy(small_sam).cuda()
+    together = MaskGenerator(sam, points_per_side=5, **SMALL).generate(IMAGES)
+    for points_per_batch in (7, 64):
+        alone = MaskGenerator(sam, points_per_side=5, points_per_batch=points_per_batch, **SMALL)
+        assert all(same(alone.generate(x)[0].to("cpu"), y.to("cpu")) for x, y in zip(IMAGES, together, strict=True))
 
 
 _ALONE = {}

@@ -6,6 +6,8 @@ namespace p2s {
 
 void bind_compact(py::module_& m);
 void bind_mask_match(py::module_& m);
+void bind_mask_measure(py::module_& m);
+void bind_nms(py::module_& m);
 
 namespace {
 
@@ -33,4 +35,6 @@ PYBIND11_MODULE(_cuda, m) {
         "Versions (1000 * major + 10 * minor), device count, and the reason if there are none.");
   p2s::bind_compact(m);
   p2s::bind_mask_match(m);
+  p2s::bind_mask_measure(m);
+  p2s::bind_nms(m);
 }

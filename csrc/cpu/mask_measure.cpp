@@ -17,16 +17,6 @@ constexpr int64_t kBandRows = 32;
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// All in float32, each product rounded before the sum: the rule of PyTorch's CPU kernel.
-MaskTap tap(int64_t in, int64_t out, int64_t at) {
-  if (in == out) return {static_cast<int32_t>(at), static_cast<int32_t>(at), 1.0f, 0.0f};
-  const float ratio = static_cast<float>(in) / static_cast<float>(out);
-  const float position = std::max(ratio * (static_cast<float>(at) + 0.5f) - 0.5f, 0.0f);
-  const int64_t first = std::min(static_cast<int64_t>(position), in - 1);
-  const float w1 = std::min(position - static_cast<float>(first), 1.0f);
-  return {static_cast<int32_t>(first), static_cast<int32_t>(std::min(first + 1, in - 1)), 1.0f - w1, w1};
-}
-
 struct Tables {
   std::vector<int32_t> base, index, support;
   std::vector<float> weight;
@@ -35,8 +25,12 @@ struct Tables {
 
   Tables(const MaskFrame& frame, int64_t lead, const MaskLanes& lanes) {
     const int64_t words = ceil_div(lead + frame.width, kWordBits), groups = words * kWordBits / lanes.size;
-    for (int64_t y = 0; y < frame.input_height; ++y) input_row.push_back(tap(frame.rows, frame.img_size, y));
-    for (int64_t y = 0; y < frame.height; ++y) row.push_back(tap(frame.input_height, frame.height, y));
+    const MaskAxis input_rows = mask_axis(frame.rows, frame.img_size, false);
+    const MaskAxis rows = mask_axis(frame.input_height, frame.height, false);
+    const MaskAxis input_columns = mask_axis(frame.columns, frame.img_size, false);
+    const MaskAxis columns = mask_axis(frame.input_width, frame.width, false);
+    for (int32_t y = 0; y < frame.input_height; ++y) input_row.push_back(mask_tap(input_rows, y));
+    for (int32_t y = 0; y < frame.height; ++y) row.push_back(mask_tap(rows, y));
     index.resize(groups * kIndices * lanes.size);
     weight.resize(groups * kWeights * lanes.size);
     bool windowed = frame.columns >= lanes.window;
@@ -44,9 +38,8 @@ struct Tables {
     for (int64_t x = 0; x < words * kWordBits; ++x) {
       const int64_t group = x / lanes.size, lane = x % lanes.size;
       const int64_t inside = std::min(std::max<int64_t>(x - lead, 0), frame.width - 1);
-      const MaskTap outer = tap(frame.input_width, frame.width, inside);
-      const MaskTap a = tap(frame.columns, frame.img_size, outer.first);
-      const MaskTap b = tap(frame.columns, frame.img_size, outer.second);
+      const MaskTap outer = mask_tap(columns, static_cast<int32_t>(inside));
+      const MaskTap a = mask_tap(input_columns, outer.first), b = mask_tap(input_columns, outer.second);
       if (x % kWordBits == 0) support.push_back(a.first);
       if (lane == 0) base.push_back(a.first);
       last = b.second;

@@ -12,8 +12,6 @@ constexpr int64_t kBits = 64;
 // Words of a strip that is computed together; its rows stay in the first-level cache.
 constexpr int64_t kStripWords = 8;
 constexpr int64_t kStrip = kStripWords * kBits;
-// Beyond it a sum of products could overflow.
-constexpr float kTame = 0x1p120f;
 
 // Low-resolution logits of one mask.
 struct Logits {
@@ -25,7 +23,7 @@ struct Logits {
 inline Logits logits_of(const float* low_res, const MaskFrame& frame, int64_t k) {
   const int64_t n = frame.rows * frame.columns;
   const float* p = low_res + k * n;
-  const Floats limit = Floats::all(kTame), zero = Floats::all(0.0f);
+  const Floats limit = Floats::all(kMaskTame), zero = Floats::all(0.0f);
   constexpr uint64_t every = (uint64_t{1} << Floats::size) - 1;
   uint64_t fit = every;
   int64_t i = 0;
@@ -43,7 +41,7 @@ inline Range support(const Logits& logits, const MaskPlan& plan, int64_t word, i
   const int64_t top = plan.input_row[plan.row[begin].first].first;
   const int64_t bottom = plan.input_row[plan.row[end - 1].second].second;
   const int64_t left = plan.support[2 * word], n = plan.support[2 * word + 1] - left + 1;
-  Floats low = Floats::all(kTame), high = Floats::all(-kTame);
+  Floats low = Floats::all(kMaskTame), high = Floats::all(-kMaskTame);
   for (int64_t y = top; y <= bottom; ++y) {
     const float* p = logits.values + y * logits.columns + left;
     int64_t x = 0;
@@ -58,24 +56,6 @@ inline Range support(const Logits& logits, const MaskPlan& plan, int64_t word, i
     }
   }
   return {low.least(), high.most()};
-}
-
-// Which of `count` cutoffs every interpolated value exceeds, one bit each; -1 if that isn't sure for one of them. Values
-// are nested means of the range, off by less than 2^-20 of its larger end after four interpolations, or by subnormals.
-inline int settled(Range range, const float* cuts, int count) {
-  const double low = range.low, high = range.high;
-  const double size = -low > high ? -low : high;
-  const double margin = size * 0x1p-19 + 0x1p-126;
-  int all = 0;
-  for (int i = 0; i < count; ++i) {
-    const double cut = cuts[i];
-    if (low > cut + margin) {
-      all |= 1 << i;
-    } else if (!(high < cut - margin)) {
-      return -1;
-    }
-  }
-  return all;
 }
 
 // Columns of the frame among the 64 of a word.
@@ -171,7 +151,10 @@ inline void visit(const MaskPlan& plan, const Logits& logits, const float (&cuts
     int64_t open = 0;  // words [open, word) are unsure
     for (int64_t word = 0; word <= plan.words; ++word) {
       int all = -1;
-      if (word < plan.words && logits.tame) all = settled(support(logits, plan, word, begin, end), cuts, N);
+      if (word < plan.words && logits.tame) {
+        const Range range = support(logits, plan, word, begin, end);
+        all = mask_settled(range.low, range.high, cuts, N);
+      }
       if (open < word && (word == plan.words || all >= 0 || word - open == kStripWords)) {
         Strip strip(logits, plan, open, word);
         for (int64_t y = begin; y < end; ++y) {

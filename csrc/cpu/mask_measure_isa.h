@@ -1,14 +1,9 @@
 #pragma once
 
 #include "p2s/mask_measure.h"
+#include "p2s/mask_tap.h"
 
 namespace p2s {
-
-// The two values between which a bilinear resize interpolates along an axis, and their weights.
-struct MaskTap {
-  int32_t first, second;
-  float w0, w1;
-};
 
 // How wide an instruction set works: columns a vector, and over how many neighbouring values a vector may pick.
 struct MaskLanes {

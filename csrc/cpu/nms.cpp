@@ -1,25 +1,13 @@
 #include "p2s/nms.h"
 
 #include <algorithm>
-#include <cmath>
 #include <exception>
-#include <limits>
 #include <vector>
 
 #include "nms_isa.h"
 #include "p2s/isa.h"
 
 namespace p2s {
-namespace {
-
-// The largest float up to x: a float is above x if and only if it is above that.
-float float_below(double x) {
-  const float rounded = static_cast<float>(x);
-  return rounded > x ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
-}
-
-}  // namespace
-
 Status nms_cpu(const NmsArgs& args, const char** isa) {
   const int64_t words = (args.count + 63) / 64, padded = words * 64;
   const char* ran = nullptr;

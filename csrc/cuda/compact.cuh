@@ -4,6 +4,7 @@
 #include "warp.cuh"
 
 namespace p2s {
+namespace {
 
 // One block; a warp takes kCompactPer consecutive words of 32 flags at a time.
 constexpr int kCompactThreads = 1024, kCompactPer = 8;
@@ -38,4 +39,5 @@ __global__ void __launch_bounds__(kCompactThreads) compact_kernel(CompactArgs ar
   if (threadIdx.x == 0) *args.count = kept;
 }
 
+}  // namespace
 }  // namespace p2s

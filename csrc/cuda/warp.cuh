@@ -13,6 +13,12 @@ __device__ __forceinline__ int64_t warp_sum(int64_t x) {
   return x;
 }
 
+// What any lane has set; every lane has it.
+__device__ __forceinline__ uint64_t warp_or(uint64_t x) {
+  const unsigned low = __reduce_or_sync(kAllLanes, static_cast<unsigned>(x));
+  return static_cast<uint64_t>(__reduce_or_sync(kAllLanes, static_cast<unsigned>(x >> 32))) << 32 | low;
+}
+
 // Sum over the lanes up to this one.
 __device__ __forceinline__ int warp_scan(int x, int lane) {
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .. import _native
 from ..memory import items_per_chunk
-from ._backends import check_call, register
+from ._backends import check_call, register, triton_kernels
 from .packing import pack_masks, unpack_masks, words_per_row
 
 __all__ = ["mask_measure", "mask_pack", "upsample_logits"]
@@ -133,7 +133,7 @@ def mask_measure(
         threshold: t; a pixel belongs to the mask where its logit is above this, compared in float32.
         offset: o, of the two cutoffs between which a mask's area shows its stability.
         backend: "auto" takes the fastest that can run and warns once if that isn't the device's first choice;
-            "reference" or "cpu" work or raise.
+            "reference", "cpu", "cuda" or "triton" work or raise.
 
     Returns:
         inner: int64 (K,), pixels above t + o.
@@ -264,11 +264,62 @@ def _example(device: torch.device) -> tuple:
     return low_res, 128, (128, 80), (200, 70)
 
 
+def _mask_measure_cuda(low_res, img_size, input_size, size, threshold, offset):
+    low_res = low_res.contiguous()
+    out = _empty_mask_measure(low_res, img_size, input_size, size, threshold, offset)
+    values = _native._cuda.mask_partial_values(len(low_res), size[0])
+    partial = torch.empty((values,), dtype=torch.int64, device=low_res.device)
+    _native._cuda.mask_measure(
+        *(x.data_ptr() for x in (low_res, *out, partial)),
+        len(low_res),
+        (*low_res.shape[1:], img_size, *input_size, *size),
+        *(threshold + offset, threshold - offset, threshold),
+        low_res.device.index,
+        torch.cuda.current_stream(low_res.device).cuda_stream,
+    )
+    return out
+
+
+def _mask_pack_cuda(low_res, img_size, input_size, size, threshold, canvas, origin):
+    low_res = low_res.contiguous()
+    masks = _empty_mask_pack(low_res, img_size, input_size, size, threshold, canvas, origin)
+    _native._cuda.mask_pack(
+        low_res.data_ptr(),
+        masks.data_ptr(),
+        len(low_res),
+        (*low_res.shape[1:], img_size, *input_size, *size),
+        threshold,
+        *masks.shape[1:],
+        *(origin[1], origin[0]),
+        low_res.device.index,
+        torch.cuda.current_stream(low_res.device).cuda_stream,
+    )
+    return masks
+
+
+def _mask_measure_triton(low_res, img_size, input_size, size, threshold, offset):
+    out = _empty_mask_measure(low_res, img_size, input_size, size, threshold, offset)
+    cuts = (threshold + offset, threshold - offset, threshold)
+    triton_kernels("mask_measure").mask_measure(low_res.contiguous(), *out, img_size, input_size, size, cuts)
+    return out
+
+
+def _mask_pack_triton(low_res, img_size, input_size, size, threshold, canvas, origin):
+    masks = _empty_mask_pack(low_res, img_size, input_size, size, threshold, canvas, origin)
+    triton_kernels("mask_measure").mask_pack(low_res.contiguous(), masks, img_size, input_size, size, threshold, origin)
+    return masks
+
+
 register(
     "mask_measure(Tensor low_res, SymInt img_size, SymInt[] input_size, SymInt[] size, float threshold, float offset, "
     '*, str backend="auto") -> (Tensor inner, Tensor outer, Tensor areas, Tensor boxes)',
     _check_mask_measure,
-    {"reference": _mask_measure, "cpu": _mask_measure_cpu},
+    {
+        "reference": _mask_measure,
+        "cpu": _mask_measure_cpu,
+        "cuda": _mask_measure_cuda,
+        "triton": _mask_measure_triton,
+    },
     _empty_mask_measure,
     {"exact": lambda device: (*_example(device), 0.0, 1.0)},
 )
@@ -276,7 +327,7 @@ register(
     "mask_pack(Tensor low_res, SymInt img_size, SymInt[] input_size, SymInt[] size, float threshold, SymInt[] canvas, "
     'SymInt[] origin, *, str backend="auto") -> Tensor',
     _check_mask_pack,
-    {"reference": _mask_pack, "cpu": _mask_pack_cpu},
+    {"reference": _mask_pack, "cpu": _mask_pack_cpu, "cuda": _mask_pack_cuda, "triton": _mask_pack_triton},
     _empty_mask_pack,
     {"exact": lambda device: (*_example(device), 0.0, (210, 90), (7, 20))},
 )

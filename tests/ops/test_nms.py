@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +7,9 @@ import torch
 from pro2sam_fast import _cpu
 from pro2sam_fast.errors import BackendError, ConfigError
 from pro2sam_fast.ops import nms
-from pro2sam_fast.testing import assert_matches, backend_cases, forced_isa
+from pro2sam_fast.testing import BackendCase, assert_matches, backend_cases, forced_isa
 
-CASES = [case for case in backend_cases() if case.problem is None and case.backend in ("auto", "cpu", "reference")]
+CASES = [case for case in backend_cases() if case.problem is None]
 THRESHOLDS = [0.0, 0.3, 0.5, 0.6, 0.7, 1.0]
 
 
@@ -15,6 +17,11 @@ THRESHOLDS = [0.0, 0.3, 0.5, 0.6, 0.7, 1.0]
 def case(request):
     with forced_isa(request.param.isa):
         yield request.param
+
+
+@pytest.mark.parametrize("absent", [case for case in backend_cases() if case.problem], ids=str)
+def test_back_ends_not_tested_here(absent):
+    pytest.skip(absent.problem)
 
 
 def boxes_and_scores(count, seed=0, grid=10, levels=5):
@@ -77,7 +84,26 @@ def test_thresholds_are_compared_in_double(case):
         first = [0, 0, 8, 1] if last == 8 else [0, 0, 10, 1]
         second = [2, 0, 10, 1] if last == 8 else [0, 0, 7, 1]
         boxes, scores = torch.tensor([first, second], dtype=torch.float32), torch.tensor([0.9, 0.8])
-        assert nms(boxes, scores, threshold, backend=case.backend)[1] == kept
+        assert nms(boxes.to(case.device), scores.to(case.device), threshold, backend=case.backend)[1] == kept
+
+
+@pytest.mark.parametrize("part", [0, 1, 64, 99, 150])
+def test_only_the_first_boxes_take_part(case, part):
+    boxes, scores = boxes_and_scores(150, seed=part)
+    keep, kept = nms(boxes[:part], scores[:part], 0.5, backend="reference")
+    expected = torch.cat([keep, torch.full((150 - part,), -1)]), kept
+    boxes[part:], scores[part::2] = float("nan"), 2.0
+    arguments = (x.to(case.device) for x in (boxes, scores))
+    count = torch.tensor(part, device=case.device)
+    assert_matches(nms(*arguments, 0.5, count, backend=case.backend), expected, "exact")
+
+
+def test_words_a_few_at_a_time(case, monkeypatch):
+    boxes, scores = boxes_and_scores(400, grid=3)
+    expected = nms(boxes, scores, 0.4, backend="reference")
+    monkeypatch.setattr(importlib.import_module("pro2sam_fast.ops.nms"), "CHUNK_BYTES", 2 * 8 * 64 * 7)
+    actual = nms(boxes.to(case.device), scores.to(case.device), 0.4, backend=case.backend)
+    assert_matches(actual, expected, "exact")
 
 
 def test_strided_boxes(case):
@@ -101,6 +127,8 @@ def test_the_forced_instruction_set_is_the_one_that_runs(case):
 def test_opcheck(backend, count):
     arguments = (*boxes_and_scores(count), 0.5)
     torch.library.opcheck(torch.ops.pro2sam_fast.nms.default, arguments, {"backend": backend})
+    some = (*arguments, torch.tensor(count // 2))
+    torch.library.opcheck(torch.ops.pro2sam_fast.nms.default, some, {"backend": backend})
 
 
 def test_meta_tensors():
@@ -126,11 +154,14 @@ BOXES, SCORES = torch.zeros((3, 4)), torch.zeros(3)
         ((BOXES[:, :3], SCORES), ValueError, r"got \(3, 3\) and \(3,\)"),
         ((BOXES, SCORES[:2]), ValueError, r"got \(3, 4\) and \(2,\)"),
         ((BOXES, SCORES.to("meta")), ValueError, "on one device"),
+        ((BOXES, SCORES, torch.tensor(2.0)), TypeError, "count must be a dense int64 tensor, got torch.float32"),
+        ((BOXES, SCORES, torch.tensor([2])), ValueError, r"count must be \(\), got \(1,\)"),
+        ((BOXES, SCORES, torch.tensor(2, device="meta")), ValueError, "on one device"),
     ],
 )
 def test_says_what_is_wrong(arguments, error, message):
     with pytest.raises(error, match=message):
-        nms(*arguments, 0.5)
+        nms(*arguments[:2], 0.5, *arguments[2:])
 
 
 def test_unknown_and_unfit_back_ends():
@@ -138,3 +169,42 @@ def test_unknown_and_unfit_back_ends():
         nms(BOXES, SCORES, 0.5, backend="gpu")
     with pytest.raises(BackendError, match="'cuda' can't run"):
         nms(BOXES, SCORES, 0.5, backend="cuda")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def device_backend(request):
+    problem = BackendCase(request.param, "cuda").problem
+    if problem:
+        pytest.skip(problem)
+    return request.param
+
+
+@pytest.mark.cuda
+def test_cuda_graph_capture(device_backend):
+    boxes, scores = (x.cuda() for x in boxes_and_scores(700, grid=3))
+    count = torch.tensor(700, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        nms(boxes, scores, 0.5, count, backend=device_backend)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        actual = nms(boxes, scores, 0.5, count, backend=device_backend)
+    others = boxes_and_scores(700, seed=8, grid=3)
+    boxes.copy_(others[0])
+    scores.copy_(others[1])
+    count.fill_(300)
+    graph.replay()
+    assert_matches(actual, nms(*others, 0.5, torch.tensor(300), backend="reference"), "exact")
+
+
+@pytest.mark.cuda
+def test_waits_for_nothing(device_backend):
+    boxes, scores = (x.cuda() for x in boxes_and_scores(700, grid=3))
+    nms(boxes, scores, 0.5, backend=device_backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = nms(boxes, scores, 0.5, backend=device_backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_matches(actual, nms(boxes.cpu(), scores.cpu(), 0.5, backend="reference"), "exact")

@@ -42,4 +42,12 @@ struct MaskPackArgs {
 Status mask_measure_cpu(const MaskMeasureArgs& args, int threads, const char** isa);
 Status mask_pack_cpu(const MaskPackArgs& args, int threads, const char** isa);
 
+// How torch finds positions on a CUDA device; see mask_tap.h.
+constexpr bool kCudaFuses = true;
+
+// `partial`: scratch for so many values. `stream` is a cudaStream_t of `device`; nothing waits for the device.
+int64_t mask_partial_values_cuda(int64_t count, int64_t height);
+Status mask_measure_cuda(const MaskMeasureArgs& args, int64_t* partial, int device, void* stream);
+Status mask_pack_cuda(const MaskPackArgs& args, int device, void* stream);
+
 }  // namespace p2s
