@@ -15,11 +15,10 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from ._backends import check_call, library, register
+from ._backends import check_call, library, register, triton_kernels
 
 __all__ = ["gated_attention", "query_maps"]
 
@@ -114,7 +113,8 @@ def gated_attention(
     """Global-token attention, with gradients for q, k and v through both outputs.
 
     Computes in float32, or float64 for float64 inputs; bfloat16 and float16 inputs may have their products' factors
-    rounded to their own dtype. The CPU kernels serve float32 and bfloat16; other dtypes take the reference there.
+    rounded to their own dtype. The CPU kernels serve float32 and bfloat16, the Triton kernels also float16 and heads of
+    up to 128 channels; others take the reference there.
 
     Args:
         q, k, v: (B, N, D) projections of all N tokens, heads side by side, of one floating dtype; the last
@@ -123,7 +123,7 @@ def gated_attention(
         num_queries: G, 0 to N; 0 is plain attention and needs `gate=False`.
         gate: False computes the maps but leaves the values alone (ablation without the gate).
         query_rows: rows of the output to compute, a slice without a step; None for all N.
-        backend: as for `mask_match`; on a GPU "auto" is torch's fused attention on the gated values.
+        backend: as for `mask_match`.
 
     Returns:
         out: (B, R, D) in the dtype of `v`, R = N or the length of `query_rows`.
@@ -142,11 +142,8 @@ def gated_attention(
             raise ValueError(f"gated_attention: query_rows must have no step, got {query_rows}")
         first_row, end, _ = query_rows.indices(rows)
         rows = max(0, end - first_row)
-    arguments = (q, k, v, num_heads, num_queries, gate, first_row, rows)
-    if backend == "auto" and q.device.type == "cuda":
-        _check_gated_attention(*arguments)
-        return _gated_attention_fused(*arguments)
-    return torch.ops.pro2sam_fast.gated_attention(*arguments, backend=backend)[:2]
+    op = torch.ops.pro2sam_fast.gated_attention
+    return op(q, k, v, num_heads, num_queries, gate, first_row, rows, backend=backend)[:2]
 
 
 def query_maps(query_q: Tensor, k: Tensor, num_heads: int) -> Tensor:
@@ -167,16 +164,6 @@ def query_maps(query_q: Tensor, k: Tensor, num_heads: int) -> Tensor:
     scale = 1.0 / (num_heads * math.sqrt(dim // num_heads))
     with torch.autocast(device_type=k.device.type, enabled=False):
         return torch.sigmoid((query_q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1))
-
-
-def _gated_attention_fused(q, k, v, num_heads, num_queries, gate, first_row, rows):
-    """(A * m) v = A (m * v), so any fused attention serves on gated values, rounded to the dtype of v."""
-    maps = query_maps(q[:, q.shape[1] - num_queries :], k, num_heads)
-    if gate:
-        v = (v * maps.mean(1).unsqueeze(-1)).to(v.dtype)
-    q = q[:, first_row : first_row + rows]
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), maps
 
 
 def _check_gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows) -> None:
@@ -271,8 +258,49 @@ def _gated_attention_backward_cpu(grad_out, grad_maps, q, k, v, out, maps, lse, 
     return grads
 
 
+def _gated_attention_triton(q, k, v, num_heads, num_queries, gate, first_row, rows):
+    kernels = triton_kernels("gated_attention")
+    if not kernels.takes(q.dtype, *q.shape[1:], num_heads):
+        return _gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
+    outputs = _empty_gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
+    mean_map = _empty_floats(q, q.shape[:2])
+    kernels.forward(*_with_short_offsets(q, k, v), num_heads, num_queries, gate, first_row, *outputs, mean_map)
+    return outputs
+
+
+def _gated_attention_backward_triton(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row):
+    kernels = triton_kernels("gated_attention")
+    if not kernels.takes(q.dtype, *q.shape[1:], num_heads):
+        return _gated_attention_backward(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row)
+    grad_out, grad_maps, *outputs = (t.contiguous() for t in (grad_out, grad_maps, out, maps, lse))
+    grads = _empty_gated_attention_backward(grad_out, grad_maps, q, k, v)
+    scratch = [_empty_floats(q, shape) for shape in (lse.shape, (q.shape[0], num_heads, q.shape[1]), maps.shape)]
+    kernels.backward(
+        *_with_short_offsets(q, k, v),
+        num_heads,
+        gate,
+        first_row,
+        *outputs,
+        maps.mean(1),
+        grad_out,
+        grad_maps,
+        *grads,
+        *scratch,
+    )
+    return grads
+
+
+def _empty_floats(like, shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def _with_adjacent_channels(*tensors):
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _with_short_offsets(*tensors):
+    """For kernels whose offsets within an item are 32-bit."""
+    return _with_adjacent_channels(*(t if t.shape[1] * t.stride(1) < 2**31 else t.contiguous() for t in tensors))
 
 
 def _cpu_arguments(inputs, outputs, num_heads, num_queries, gate, first_row):
@@ -330,7 +358,7 @@ register(
     "gated_attention(Tensor q, Tensor k, Tensor v, int num_heads, int num_queries, bool gate, SymInt first_row, "
     'SymInt rows, *, str backend="auto") -> (Tensor out, Tensor maps, Tensor lse)',
     _check_gated_attention,
-    {"reference": _gated_attention, "cpu": _gated_attention_cpu},
+    {"reference": _gated_attention, "cpu": _gated_attention_cpu, "triton": _gated_attention_triton},
     _empty_gated_attention,
     _examples(_example),
 )
@@ -339,7 +367,11 @@ register(
     "Tensor maps, Tensor lse, int num_heads, bool gate, SymInt first_row, *, "
     'str backend="auto") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)',
     _check_gated_attention_backward,
-    {"reference": _gated_attention_backward, "cpu": _gated_attention_backward_cpu},
+    {
+        "reference": _gated_attention_backward,
+        "cpu": _gated_attention_backward_cpu,
+        "triton": _gated_attention_backward_triton,
+    },
     _empty_gated_attention_backward,
     _examples(_example_backward),
 )
