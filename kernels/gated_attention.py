@@ -6,13 +6,13 @@ tokens, so it is made before the pass that uses it, and so is its gradient. Ever
 """
 
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
 
 from .launch import on
+from .products import product, rounded
 
 MAX_WIDTH = 128
 TILE = {
@@ -20,19 +20,11 @@ TILE = {
     torch.bfloat16: 64,
     torch.float16: 64,
 }  # rows and keys of a program, if nothing is in the way
+FORWARD_STAGES = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 3}
 QUERIES = 16
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-# The interpreter's product takes the bits of bfloat16 for integers.
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _product(a, b, total):
-    if WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -49,7 +41,7 @@ def _load_rows(first, row, inside, stride, width: tl.constexpr, WIDTH: tl.conste
 def _store_rows(first, row, inside, stride, values, width: tl.constexpr, WIDTH: tl.constexpr):
     channel = tl.arange(0, WIDTH)
     at = first + row[:, None] * stride + channel[None, :]
-    tl.store(at, values.to(first.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
+    tl.store(at, rounded(values, first.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
 
 
 @triton.jit
@@ -72,7 +64,7 @@ def gate_maps_kernel(
             x = tl.load(at, mask=(query < queries)[:, None] & here, other=0.0)
             at = k + item * k_item + key[:, None] * k_row + channel[None, :]
             y = tl.load(at, mask=(key < n)[:, None] & here, other=0.0)
-            logits = _product(y, tl.trans(x), logits)
+            logits = product(y, tl.trans(x), logits)
         probability = tl.sigmoid(logits * scale)
         inside = (key < n)[:, None] & (query < queries)[None, :]
         at = maps + (item * queries + query[None, :]) * n + key[:, None]
@@ -98,7 +90,7 @@ def forward_kernel(
     for start in range(0, n, KEYS):
         key = start + tl.arange(0, KEYS)
         y = _load_rows(k + item * k_item + head * HEAD, key, key < n, k_row, HEAD, WIDTH)
-        logits = _product(x, tl.trans(y), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2E)
+        logits = product(x, tl.trans(y), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2E)
         logits = tl.where((key < n)[None, :], logits, -float("inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
         weights = tl.exp2(logits - highest[:, None])
@@ -107,7 +99,7 @@ def forward_kernel(
         if GATE:
             weights *= tl.load(mean_map + item * n + key, mask=key < n, other=0.0)[None, :]
         y = _load_rows(v + item * v_item + head * HEAD, key, key < n, v_row, HEAD, WIDTH)
-        result = _product(weights.to(y.dtype), y, result * shrink[:, None])
+        result = product(rounded(weights, y.dtype), y, result * shrink[:, None])
         top = highest
     dim = heads * HEAD
     _store_rows(out + item * rows * dim + head * HEAD, row, row < rows, dim, result / total[:, None], HEAD, WIDTH)
@@ -146,13 +138,13 @@ def backward_keys_kernel(
             tl.store(delta + (item * heads + head) * rows + row, change, mask=inside)
         # Rows past the end weigh exp(-inf) = 0.
         base = tl.load(lse + (item * heads + head) * rows + row, mask=inside, other=float("inf")) * LOG2E
-        weights = tl.exp2(_product(y, tl.trans(x), zero) * (scale * LOG2E) - base[None, :])
-        to_value = _product(weights.to(above.dtype), above, to_value)
-        slope = _product(value, tl.trans(above), zero)
+        weights = tl.exp2(product(y, tl.trans(x), zero) * (scale * LOG2E) - base[None, :])
+        to_value = product(rounded(weights, above.dtype), above, to_value)
+        slope = product(value, tl.trans(above), zero)
         if GATE:
             slope *= gate[:, None]
         slope = weights * (slope - change[None, :])
-        to_key = _product(slope.to(x.dtype), x, to_key)
+        to_key = product(rounded(slope, x.dtype), x, to_key)
     if GATE:
         tl.store(grad_gate + (item * heads + head) * n + key, tl.sum(to_value * value.to(tl.float32), 1), mask=key < n)
         to_value *= gate[:, None]
@@ -190,11 +182,11 @@ def gate_gradient_kernel(
             tl.store(grad_logits + at, slope, mask=inside)
         at = q + item * q_item + (n - queries + query)[:, None] * q_row + channel[None, :]
         x = tl.load(at, mask=(query < queries)[:, None] & (channel < dim)[None, :], other=0.0)
-        change = _product(slope.to(x.dtype), x, change)
+        change = product(rounded(slope, x.dtype), x, change)
     at = grad_k + (item * n + key[:, None]) * dim + channel[None, :]
     inside = (key < n)[:, None] & (channel < dim)[None, :]
     before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, (before + change * scale).to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(at, rounded(before + change * scale, grad_k.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -222,13 +214,13 @@ def backward_rows_kernel(
         key = start + tl.arange(0, KEYS)
         y = _load_rows(k + item * k_item + head * HEAD, key, key < n, k_row, HEAD, WIDTH)
         value = _load_rows(v + item * v_item + head * HEAD, key, key < n, v_row, HEAD, WIDTH)
-        weights = tl.exp2(_product(x, tl.trans(y), zero) * (scale * LOG2E) - base[:, None])
+        weights = tl.exp2(product(x, tl.trans(y), zero) * (scale * LOG2E) - base[:, None])
         weights = tl.where((key < n)[None, :], weights, 0.0)
-        slope = _product(above, tl.trans(value), zero)
+        slope = product(above, tl.trans(value), zero)
         if GATE:
             slope *= tl.load(mean_map + item * n + key, mask=key < n, other=0.0)[None, :]
         slope = weights * (slope - change[:, None])
-        to_query = _product(slope.to(y.dtype), y, to_query)
+        to_query = product(rounded(slope, y.dtype), y, to_query)
     # What the maps add to the rows of the query tokens.
     query = row - (n - queries)
     for start in range(0, tl.where(tile * ROWS + ROWS > n - queries, n, 0), KEYS):
@@ -236,7 +228,7 @@ def backward_rows_kernel(
         asked = ((query >= 0) & (query < queries))[:, None] & (key < n)[None, :]
         slope = tl.load(grad_logits + (item * queries + query[:, None]) * n + key[None, :], mask=asked, other=0.0)
         y = _load_rows(k + item * k_item + head * HEAD, key, key < n, k_row, HEAD, WIDTH)
-        to_query = _product(slope.to(y.dtype), y, to_query)
+        to_query = product(rounded(slope, y.dtype), y, to_query)
     _store_rows(grad_q + item * n * dim + head * HEAD, row, row < n, dim, to_query * scale, HEAD, WIDTH)
 
 
@@ -260,7 +252,7 @@ def forward(q, k, v, num_heads, num_queries, gate, first_row, out, maps, lse, me
         if batch * rows:
             forward_kernel[(batch * num_heads * triton.cdiv(rows, tile),)](
                 q, k, v, mean_map, out, lse, *strides, n, num_heads, first_row, rows, scale,
-                GATE=gate, ROWS=tile, KEYS=tile, **head,
+                GATE=gate, ROWS=tile, KEYS=tile, **head, num_stages=FORWARD_STAGES[q.dtype],
             )  # fmt: skip
 
 
@@ -294,7 +286,7 @@ def backward(
 
 
 def _sizes(dtype: torch.dtype, width: int, aligned: bool) -> tuple[int, dict[str, int], int]:
-    """Rows and keys of a tile, the head's constants, and the smaller step of a second dimension."""
+    """Rows and keys of a tile, the head's constants, the smaller step of a second dimension."""
     padded = max(16, triton.next_power_of_2(width))
     tile = max(16, TILE[dtype] // (1 if aligned else 2) // max(1, padded // 64))
     return tile, {"HEAD": width, "WIDTH": padded}, max(16, tile // 2)
@@ -309,28 +301,33 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:2]]
 
 
-def _ahead_of_time(kernel: triton.JITFunction, dtype: str, width: int, aligned: bool):
-    """An entry for a gated call of 6 heads; ":16" marks what is a multiple of 16 in every such call."""
-    tile, head, step = _sizes({"fp32": torch.float32}.get(dtype, torch.bfloat16), width, aligned)
-    multiple = ":16" if aligned else ""
+def _ahead_of_time(kernel: triton.JITFunction, dtype: torch.dtype, width: int, aligned: bool):
+    """An entry for a gated call."""
+    tile, head, step = _sizes(dtype, width, aligned)
+    name = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     types = {
-        **dict.fromkeys("q k v out grad_out grad_q grad_k grad_v".split(), f"*{dtype}{multiple}"),
-        **dict.fromkeys("mean_map maps lse delta grad_gate grad_maps grad_logits".split(), f"*fp32{multiple}"),
-        **dict.fromkeys("q_item q_row k_item k_row v_item v_row dim".split(), f"i32{multiple}"),
-        **dict.fromkeys("n heads queries first_row rows".split(), "i32"),
+        **dict.fromkeys(("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"), name),
+        **dict.fromkeys(("mean_map", "maps", "lse", "delta", "grad_gate", "grad_maps", "grad_logits"), "*fp32"),
+        **dict.fromkeys(("q_item", "q_row", "k_item", "k_row", "v_item", "v_row", "dim"), "i32:16"),
+        **dict.fromkeys(("n", "heads", "queries", "first_row", "rows"), "i32"),
         "scale": "fp32",
     }
-    constants = {"GATE": True, "QUERIES": QUERIES, "CHANNELS": step, "ROWS": tile, "KEYS": tile, **head}
-    if kernel is backward_keys_kernel:
-        constants["ROWS"] = step
+    rows = step if kernel is backward_keys_kernel else tile
+    constants = {"GATE": True, "QUERIES": QUERIES, "CHANNELS": step, "ROWS": rows, "KEYS": tile, **head}
     return (
         kernel,
         {name: type_ for name, type_ in types.items() if name in kernel.arg_names},
         {name: value for name, value in constants.items() if name in kernel.arg_names},
+        {"aligned": (aligned,), "num_stages": FORWARD_STAGES[dtype] if kernel is forward_kernel else 3},
     )
 
 
-_LAUNCHES = (("bf16", 64, True), ("fp16", 64, True), ("fp32", 64, True), ("bf16", 128, True), ("fp32", 128, True),
-             ("bf16", 33, False), ("bf16", 80, False), ("fp32", 33, False))  # fmt: skip
 _KERNELS = (gate_maps_kernel, forward_kernel, backward_keys_kernel, gate_gradient_kernel, backward_rows_kernel)
+_LAUNCHES = (
+    *((dtype, 64, True) for dtype in TILE),
+    (torch.float32, 128, True),
+    (torch.bfloat16, 128, True),
+    (torch.float32, 33, False),
+    (torch.bfloat16, 33, False),
+)
 AHEAD_OF_TIME = tuple(_ahead_of_time(kernel, *launch) for kernel in _KERNELS for launch in _LAUNCHES)

@@ -6,6 +6,7 @@ import torch
 from pro2sam_fast import _cpu
 from pro2sam_fast.errors import BackendError, ConfigError
 from pro2sam_fast.ops import gated_attention, query_maps
+from pro2sam_fast.ops._backends import interpreting
 from pro2sam_fast.ops.gated_attention import _gated_attention
 from pro2sam_fast.testing import BackendCase, assert_matches, backend_cases, forced_isa
 
@@ -72,6 +73,8 @@ def with_gradients(function, qkv, grad_out, grad_maps, *options, **named):
 
 def check(case, shape, dtype, tolerance, *, gate=True, grads="both", **named):
     batch, tokens, dim, heads, queries = shape
+    if interpreting() and case.backend == "triton" and dim > 300:
+        batch = 1  # the interpreter takes seconds for a head
     qkv = random(batch, tokens, 3 * dim, dtype=dtype, seed=tokens)
     rows = tokens if "query_rows" not in named else len(range(tokens)[named["query_rows"]])
     grad_out = random(batch, rows, dim, dtype=dtype, seed=1) if grads != "maps" else None
