@@ -166,6 +166,7 @@ struct ForwardTile {
   Lanes<RowPair> top[BLOCKS], total[BLOCKS];
 
   P2S_TILE void begin(const Matrix& rows, int first) {
+    P2S_UNROLL
     for (int block = 0; block < BLOCKS; ++block) {
       load_left<W, STEPS>(q[block], rows, first + block * kRows);
       W::each([&](int lane) {
@@ -179,6 +180,7 @@ struct ForwardTile {
   // `keys` of the tiles' keys are there; gate: their factors. scale: of the logits, for powers of two.
   P2S_TILE void add(const uint16_t* k, const uint16_t* v, const float* gate, int keys, float scale) {
     for (int start = 0; start < keys; start += kKeys) {
+      P2S_UNROLL
       for (int block = 0; block < BLOCKS; ++block) {
         Lanes<Sums> weights[kKeys / 8];
         against_rows<W, T>(weights, q[block], k, start);
@@ -217,6 +219,7 @@ struct ForwardTile {
   }
 
   P2S_TILE void end(void* to, int64_t offset, int64_t stride, float* lse, int first, int limit) {
+    P2S_UNROLL
     for (int block = 0; block < BLOCKS; ++block) {
       W::row_sum(total[block]);
       const int row = first + block * kRows;

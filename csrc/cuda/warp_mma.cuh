@@ -8,10 +8,12 @@
 #include <type_traits>
 
 #define P2S_TILE __device__ __forceinline__
+#define P2S_UNROLL _Pragma("unroll")
 #else
 #include <cmath>
 #include <cstring>
 #define P2S_TILE inline
+#define P2S_UNROLL
 #endif
 
 // What a warp does as one: 16 x 8 x 16 products, loads of their factors, reductions. Tile code is written once against
@@ -170,12 +172,12 @@ struct Warp {
     float* c = sums.mine.x;
     const uint32_t *a = left.mine.x, *b = right.mine.x;
     if constexpr (std::is_same<T, Bfloat16>::value) {
-      asm volatile(
+      asm(
           "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-      asm volatile(
+      asm(
           "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
