@@ -295,3 +295,73 @@ def test_the_dispatcher_checks_too():
     out, maps, lse = _gated_attention(Q, Q, Q, 3, 2, True, 0, 8)
     with pytest.raises(ValueError, match="grad_out must be"):
         torch.ops.pro2sam_fast.gated_attention_backward(out[:, 1:], maps, Q, Q, Q, out, maps, lse, 3, True, 0)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def device_backend(request):
+    problem = BackendCase(request.param, "cuda").problem
+    if problem:
+        pytest.skip(problem)
+    return request.param
+
+
+def on_gpu(batch=2, tokens=201, dim=384, queries=4):
+    """bfloat16 q, k and v side by side, gradients of out and of the maps."""
+    shapes = (batch, tokens, 3 * dim), (batch, tokens, dim), (batch, queries, tokens)
+    qkv, grad_out, grad_maps = (random(*shape, seed=i).cuda() for i, shape in enumerate(shapes))
+    return qkv.bfloat16(), grad_out.bfloat16(), grad_maps
+
+
+@pytest.mark.cuda
+def test_opcheck_on_a_gpu(device_backend):
+    q, k, v = (t.requires_grad_() for t in on_gpu(2, 11, 64)[0].chunk(3, -1))
+    options = {"backend": device_backend}
+    op = torch.ops.pro2sam_fast.gated_attention.default
+    torch.library.opcheck(op, (q, k, v, 2, 4, True, 2, 7), options, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.cuda
+def test_the_same_bits_every_time(device_backend):
+    inputs = on_gpu(batch=64)
+    results = [with_gradients(gated_attention, *inputs, 6, 4, backend=device_backend) for _ in range(5)]
+    for other in results[1:]:
+        assert_matches(other, results[0], "exact")
+
+
+@pytest.mark.cuda
+def test_cuda_graph_capture(device_backend):
+    def step():
+        q, k, v = qkv.chunk(3, -1)
+        ops = torch.ops.pro2sam_fast
+        saved = ops.gated_attention(q, k, v, 6, 4, True, 0, 201, backend=device_backend)
+        above = (grad_out, grad_maps, q, k, v, *saved)
+        grads = ops.gated_attention_backward(*above, 6, True, 0, backend=device_backend)
+        return (*saved[:2], torch.cat(grads, -1))
+
+    qkv, grad_out, grad_maps = on_gpu()
+    values = qkv.clone()
+    qkv.zero_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        actual = step()
+    qkv.copy_(values)
+    graph.replay()
+    assert_matches(actual, step(), "exact")
+
+
+@pytest.mark.cuda
+def test_the_tensors_device_is_the_one_that_runs(device_backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    inputs = on_gpu()
+    expected = with_gradients(gated_attention, *inputs, 6, 4, backend=device_backend)
+    with torch.cuda.device(1):
+        actual = with_gradients(gated_attention, *inputs, 6, 4, backend=device_backend)
+    there = [t.to("cuda:1") for t in inputs]
+    assert_matches(actual, expected, "exact")
+    assert_matches(with_gradients(gated_attention, *there, 6, 4, backend=device_backend), expected, "exact")
