@@ -318,16 +318,30 @@ def _ahead_of_time(kernel: triton.JITFunction, dtype: torch.dtype, width: int, a
         kernel,
         {name: type_ for name, type_ in types.items() if name in kernel.arg_names},
         {name: value for name, value in constants.items() if name in kernel.arg_names},
-        {"aligned": (aligned,), "num_stages": FORWARD_STAGES[dtype] if kernel is forward_kernel else 3},
+        {
+            "aligned": (True,) if aligned else (False, True),
+            "num_stages": FORWARD_STAGES[dtype] if kernel is forward_kernel else 3,
+        },
     )
 
 
-_KERNELS = (gate_maps_kernel, forward_kernel, backward_keys_kernel, gate_gradient_kernel, backward_rows_kernel)
+# The kernels of the maps don't look at heads: a wide head's launch is a narrow unaligned one's.
 _LAUNCHES = (
     *((dtype, 64, True) for dtype in TILE),
-    (torch.float32, 128, True),
-    (torch.bfloat16, 128, True),
     (torch.float32, 33, False),
     (torch.bfloat16, 33, False),
+    (torch.float32, 128, True),
+    (torch.bfloat16, 128, True),
 )
-AHEAD_OF_TIME = tuple(_ahead_of_time(kernel, *launch) for kernel in _KERNELS for launch in _LAUNCHES)
+AHEAD_OF_TIME = (
+    *(
+        _ahead_of_time(kernel, *launch)
+        for kernel in (gate_maps_kernel, gate_gradient_kernel)
+        for launch in _LAUNCHES[:5]
+    ),
+    *(
+        _ahead_of_time(kernel, *launch)
+        for kernel in (forward_kernel, backward_keys_kernel, backward_rows_kernel)
+        for launch in _LAUNCHES
+    ),
+)

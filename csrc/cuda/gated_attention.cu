@@ -7,6 +7,10 @@
 namespace p2s {
 namespace {
 
+// At once on one multiprocessor: more would spill registers.
+template <int STEPS>
+constexpr int kBlocks = STEPS > 2 ? 2 : 3;
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) gate_maps_kernel(Call c, float* mean_map) {
   const int64_t tiles = (c.a.n + kRows - 1) / kRows, tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
@@ -14,13 +18,13 @@ __global__ void __launch_bounds__(kThreads) gate_maps_kernel(Call c, float* mean
 }
 
 template <class T, int STEPS>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Call c) {
+__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) forward_kernel(Call c) {
   __shared__ Shared<STEPS> shared;
   forward_block<T>(shared, c, blockIdx.x);
 }
 
 template <class T, int STEPS>
-__global__ void __launch_bounds__(kThreads) backward_keys_kernel(Call c, Gradients g) {
+__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) backward_keys_kernel(Call c, Gradients g) {
   __shared__ Shared<STEPS> shared;
   keys_block<T>(shared, c, g, blockIdx.x);
 }
@@ -32,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) maps_gradient_kernel(Call c, Gradien
 }
 
 template <class T, int STEPS>
-__global__ void __launch_bounds__(kThreads) backward_rows_kernel(Call c, Gradients g) {
+__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) backward_rows_kernel(Call c, Gradients g) {
   __shared__ Shared<STEPS> shared;
   rows_block<T>(shared, c, g, blockIdx.x);
 }

@@ -55,19 +55,31 @@ struct Shape {
   static constexpr int kWidth = 16 * STEPS, kLine = kWidth + 8, kSize = kTile * kLine;
 };
 
-struct alignas(16) Chunk {
-  uint32_t x[4];
-};
-
-// Rows first, ... of `m` into a tile.
+// Begins to copy rows first, ... of `m` into a tile.
 template <int STEPS>
 P2S_TILE void stage(uint16_t* tile, const Matrix& m, int first, int thread) {
   constexpr int parts = 2 * STEPS;
   for (int i = thread; i < kTile * parts; i += kThreads) {
     const int row = i / parts, part = i % parts;
-    Chunk chunk{};
-    if (first + row < m.limit) chunk = *reinterpret_cast<const Chunk*>(m.at + (first + row) * m.stride + part * 8);
-    *reinterpret_cast<Chunk*>(tile + row * Shape<STEPS>::kLine + part * 8) = chunk;
+    const bool there = first + row < m.limit;
+    const uint16_t* from = m.at + (there ? (first + row) * m.stride + part * 8 : 0);
+    Block::copy(reinterpret_cast<Chunk*>(tile + row * Shape<STEPS>::kLine + part * 8),
+                reinterpret_cast<const Chunk*>(from), there);
+  }
+}
+
+// compute(first row, buffer) for each tile of `count` rows, while stage(first row, buffer, thread) fetches the next one.
+template <class S, class C>
+P2S_TILE void for_tiles(int count, S stage, C compute) {
+  if (count == 0) return;
+  Block::threads([&](int thread) { stage(0, 0, thread); });
+  Block::commit();
+  for (int start = 0, buffer = 0; start < count; start += kTile, buffer ^= 1) {
+    if (start + kTile < count) Block::threads([&](int thread) { stage(start + kTile, buffer ^ 1, thread); });
+    Block::commit();
+    Block::wait();
+    compute(start, buffer);
+    Block::barrier();
   }
 }
 
@@ -403,8 +415,9 @@ P2S_TILE void maps_tile(const Call& c, float* mean_map, int64_t item, int first)
 
 template <int STEPS>
 struct Shared {
-  alignas(16) uint16_t x[Shape<STEPS>::kSize];  // k or q
-  alignas(16) uint16_t y[Shape<STEPS>::kSize];  // v or grad_out
+  alignas(16) uint16_t x[2][Shape<STEPS>::kSize];  // k or q, this tile and the next
+  alignas(16) uint16_t y[2][Shape<STEPS>::kSize];  // v or grad_out
+  float gate[2][kTile];
   float lse[kTile], delta[kTile], halves[2][kTile];
 };
 
@@ -425,19 +438,19 @@ P2S_TILE void forward_block(Shared<STEPS>& shared, const Call& c, int64_t index)
   const Matrix q = matrix(a.q, part.item * a.q_item + a.first_row * a.q_row + part.channel, a.q_row, rows);
   Block::PerWarp<ForwardTile<Warp, T, STEPS, kForwardBlocks>> tiles;
   Block::warps([&](int warp) { tiles[warp].begin(q, part.first + warp * per_warp); });
-  for (int start = 0; start < n; start += kTile) {
-    Block::barrier();
-    Block::threads([&](int thread) {
-      stage<STEPS>(shared.x, k, start, thread);
-      stage<STEPS>(shared.y, v, start, thread);
-      stage_gate(shared.lse, c, part.item, start, thread);
-    });
+  const auto fetch = [&](int start, int buffer, int thread) {
+    stage<STEPS>(shared.x[buffer], k, start, thread);
+    stage<STEPS>(shared.y[buffer], v, start, thread);
+    stage_gate(shared.gate[buffer], c, part.item, start, thread);
+  };
+  for_tiles(n, fetch, [&](int start, int buffer) {
     Block::barrier();
     Block::warps([&](int warp) {
       if (part.first + warp * per_warp >= rows) return;
-      tiles[warp].add(shared.x, shared.y, shared.lse, n - start < kTile ? n - start : kTile, c.scale * kLog2e);
+      const int keys = n - start < kTile ? n - start : kTile;
+      tiles[warp].add(shared.x[buffer], shared.y[buffer], shared.gate[buffer], keys, c.scale * kLog2e);
     });
-  }
+  });
   Block::warps([&](int warp) {
     tiles[warp].end(a.out, part.item * a.rows * a.dim + part.channel, a.dim,
                     a.lse + (part.item * a.heads + part.head) * a.rows, part.first + warp * per_warp, rows);
@@ -458,11 +471,12 @@ P2S_TILE void keys_block(Shared<STEPS>& shared, const Call& c, const Gradients& 
   Block::warps([&](int warp) {
     tiles[warp].begin(k, v, a.gate ? c.mean_map + part.item * n : nullptr, part.first + warp * kRows);
   });
-  for (int start = 0; start < rows; start += kTile) {
-    Block::barrier();
+  const auto fetch = [&](int start, int buffer, int thread) {
+    stage<STEPS>(shared.x[buffer], q, start, thread);
+    stage<STEPS>(shared.y[buffer], above, start, thread);
+  };
+  for_tiles(rows, fetch, [&](int start, int buffer) {
     Block::threads([&](int thread) {
-      stage<STEPS>(shared.x, q, start, thread);
-      stage<STEPS>(shared.y, above, start, thread);
       const int row = start + thread % kTile, side = thread / kTile;
       float sum = 0.0f;
       for (int i = 0; row < rows && i < STEPS; ++i) {
@@ -483,10 +497,10 @@ P2S_TILE void keys_block(Shared<STEPS>& shared, const Call& c, const Gradients& 
     Block::barrier();
     Block::warps([&](int warp) {
       if (part.first + warp * kRows >= n) return;
-      tiles[warp].add(shared.x, shared.y, shared.lse, shared.delta, rows - start < kTile ? rows - start : kTile,
-                      c.scale * kLog2e);
+      tiles[warp].add(shared.x[buffer], shared.y[buffer], shared.lse, shared.delta,
+                      rows - start < kTile ? rows - start : kTile, c.scale * kLog2e);
     });
-  }
+  });
   Block::warps([&](int warp) {
     float* grad_gate = a.gate ? g.a.grad_gate + (part.item * a.heads + part.head) * n : nullptr;
     tiles[warp].end(g.a.grad_k, g.a.grad_v, part.item * n * a.dim + part.channel, a.dim, grad_gate,
@@ -535,25 +549,24 @@ P2S_TILE void rows_block(Shared<STEPS>& shared, const Call& c, const Gradients& 
     const int first = part.first + warp * kRows;
     tiles[warp].begin(q, first, above, a.lse + scores, g.delta + scores, first - static_cast<int>(a.first_row));
   });
-  for (int start = 0; start < n; start += kTile) {
-    Block::barrier();
-    Block::threads([&](int thread) {
-      stage<STEPS>(shared.x, k, start, thread);
-      stage<STEPS>(shared.y, v, start, thread);
-      stage_gate(shared.lse, c, part.item, start, thread);
-    });
+  const auto fetch = [&](int start, int buffer, int thread) {
+    stage<STEPS>(shared.x[buffer], k, start, thread);
+    stage<STEPS>(shared.y[buffer], v, start, thread);
+    stage_gate(shared.gate[buffer], c, part.item, start, thread);
+  };
+  for_tiles(n, fetch, [&](int start, int buffer) {
     Block::barrier();
     Block::warps([&](int warp) {
       const int first = part.first + warp * kRows;
       if (first >= n) return;
-      tiles[warp].add(shared.x, shared.y, shared.lse, n - start < kTile ? n - start : kTile, c.scale * kLog2e,
-                      first + kRows > n - queries, [&](int lane, int i, int key) {
-                        const int query = first + lane / 4 + 8 * i - (n - queries);
-                        if (query < 0 || query >= queries) return 0.0f;
-                        return g.grad_logits[(part.item * queries + query) * n + start + key];
-                      });
+      const auto maps = [&](int lane, int i, int key) {
+        const int query = first + lane / 4 + 8 * i - (n - queries);
+        return query < 0 || query >= queries ? 0.0f : g.grad_logits[(part.item * queries + query) * n + start + key];
+      };
+      tiles[warp].add(shared.x[buffer], shared.y[buffer], shared.gate[buffer], n - start < kTile ? n - start : kTile,
+                      c.scale * kLog2e, first + kRows > n - queries, maps);
     });
-  }
+  });
   Block::warps([&](int warp) {
     store<Warp, T, STEPS>(g.a.grad_q, part.item * n * a.dim + part.channel, a.dim, part.first + warp * kRows, n,
                           tiles[warp].to_q, [&](int, int) { return c.scale; });

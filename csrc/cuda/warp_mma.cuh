@@ -41,6 +41,9 @@ struct Words {
 struct RowPair {
   float x[2];  // of rows g and g + 8
 };
+struct alignas(16) Chunk {
+  uint32_t x[4];
+};
 
 struct Bfloat16 {
   static P2S_TILE float wide(uint16_t bits) {
@@ -138,6 +141,15 @@ struct Block {
     f(static_cast<int>(threadIdx.x / 32));
   }
   static P2S_TILE void barrier() { __syncthreads(); }
+
+  // Begins to copy into shared memory, zeros if it isn't `there`; a group ends at each commit.
+  static P2S_TILE void copy(Chunk* to, const Chunk* from, bool there) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
+  }
+  static P2S_TILE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  // For this thread's copies but those of the last group.
+  static P2S_TILE void wait() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 };
 
 struct Warp {
@@ -222,6 +234,9 @@ struct Block {
     for (int warp = 0; warp < kWarps; ++warp) f(warp);
   }
   static void barrier() {}
+  static void copy(Chunk* to, const Chunk* from, bool there) { *to = there ? *from : Chunk{}; }
+  static void commit() {}
+  static void wait() {}
 };
 
 struct Warp {
