@@ -45,7 +45,7 @@ def _store_rows(first, row, inside, stride, values, width: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def gate_maps_kernel(
+def gated_attention_maps_kernel(
     q, k, maps, mean_map, q_item, q_row, k_item, k_row, n, dim, queries, scale,
     KEYS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def gate_maps_kernel(
 
 
 @triton.jit
-def forward_kernel(
+def gated_attention_kernel(
     q, k, v, mean_map, out, lse, q_item, q_row, k_item, k_row, v_item, v_row, n, heads, first_row, rows, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_keys_kernel(
+def gated_attention_keys_kernel(
     q, k, v, mean_map, out, lse, grad_out, delta, grad_k, grad_v, grad_gate,
     q_item, q_row, k_item, k_row, v_item, v_row, n, heads, first_row, rows, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -153,7 +153,7 @@ def backward_keys_kernel(
 
 
 @triton.jit
-def gate_gradient_kernel(
+def gated_attention_maps_gradient_kernel(
     q, maps, grad_maps, grad_gate, grad_logits, grad_k, q_item, q_row, n, dim, heads, queries, scale,
     GATE: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def backward_rows_kernel(
+def gated_attention_rows_kernel(
     q, k, v, mean_map, lse, grad_out, delta, grad_logits, grad_q,
     q_item, q_row, k_item, k_row, v_item, v_row, n, heads, queries, first_row, rows, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -245,12 +245,12 @@ def forward(q, k, v, num_heads, num_queries, gate, first_row, out, maps, lse, me
     scale = 1 / math.sqrt(width)
     with on(q):
         if batch * num_queries:
-            gate_maps_kernel[(batch * triton.cdiv(n, tile),)](
+            gated_attention_maps_kernel[(batch * triton.cdiv(n, tile),)](
                 q, k, maps, mean_map, *strides[:4], n, dim, num_queries, scale / num_heads,
                 KEYS=tile, QUERIES=QUERIES, CHANNELS=step,
             )  # fmt: skip
         if batch * rows:
-            forward_kernel[(batch * num_heads * triton.cdiv(rows, tile),)](
+            gated_attention_kernel[(batch * num_heads * triton.cdiv(rows, tile),)](
                 q, k, v, mean_map, out, lse, *strides, n, num_heads, first_row, rows, scale,
                 GATE=gate, ROWS=tile, KEYS=tile, **head, num_stages=FORWARD_STAGES[q.dtype],
             )  # fmt: skip
@@ -270,16 +270,16 @@ def backward(
     if not tiles:
         return
     with on(q):
-        backward_keys_kernel[(tiles * num_heads,)](
+        gated_attention_keys_kernel[(tiles * num_heads,)](
             q, k, v, mean_map, out, lse, grad_out, delta, grad_k, grad_v, grad_gate,
             *strides, n, num_heads, first_row, rows, scale, GATE=gate, ROWS=step, KEYS=tile, **head,
         )  # fmt: skip
         if num_queries:
-            gate_gradient_kernel[(tiles * triton.cdiv(dim, step),)](
+            gated_attention_maps_gradient_kernel[(tiles * triton.cdiv(dim, step),)](
                 q, maps, grad_maps, grad_gate, grad_logits, grad_k, *strides[:2], n, dim, num_heads, num_queries, scale,
                 GATE=gate, KEYS=tile, QUERIES=QUERIES, CHANNELS=step,
             )  # fmt: skip
-        backward_rows_kernel[(tiles * num_heads,)](
+        gated_attention_rows_kernel[(tiles * num_heads,)](
             q, k, v, mean_map, lse, grad_out, delta, grad_logits, grad_q,
             *strides, n, num_heads, num_queries, first_row, rows, scale, GATE=gate, ROWS=tile, KEYS=tile, **head,
         )  # fmt: skip
@@ -312,7 +312,7 @@ def _ahead_of_time(kernel: triton.JITFunction, dtype: torch.dtype, width: int, a
         **dict.fromkeys(("n", "heads", "queries", "first_row", "rows"), "i32"),
         "scale": "fp32",
     }
-    rows = step if kernel is backward_keys_kernel else tile
+    rows = step if kernel is gated_attention_keys_kernel else tile
     constants = {"GATE": True, "QUERIES": QUERIES, "CHANNELS": step, "ROWS": rows, "KEYS": tile, **head}
     return (
         kernel,
@@ -320,7 +320,7 @@ def _ahead_of_time(kernel: triton.JITFunction, dtype: torch.dtype, width: int, a
         {name: value for name, value in constants.items() if name in kernel.arg_names},
         {
             "aligned": (True,) if aligned else (False, True),
-            "num_stages": FORWARD_STAGES[dtype] if kernel is forward_kernel else 3,
+            "num_stages": FORWARD_STAGES[dtype] if kernel is gated_attention_kernel else 3,
         },
     )
 
@@ -336,12 +336,12 @@ _LAUNCHES = (
 AHEAD_OF_TIME = (
     *(
         _ahead_of_time(kernel, *launch)
-        for kernel in (gate_maps_kernel, gate_gradient_kernel)
+        for kernel in (gated_attention_maps_kernel, gated_attention_maps_gradient_kernel)
         for launch in _LAUNCHES[:5]
     ),
     *(
         _ahead_of_time(kernel, *launch)
-        for kernel in (forward_kernel, backward_keys_kernel, backward_rows_kernel)
+        for kernel in (gated_attention_kernel, gated_attention_keys_kernel, gated_attention_rows_kernel)
         for launch in _LAUNCHES
     ),
 )

@@ -12,31 +12,31 @@ template <int STEPS>
 constexpr int kBlocks = STEPS > 2 ? 2 : 3;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gate_maps_kernel(Call c, float* mean_map) {
+__global__ void __launch_bounds__(kThreads) gated_attention_maps_kernel(Call c, float* mean_map) {
   const int64_t tiles = (c.a.n + kRows - 1) / kRows, tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (tile < c.a.batch * tiles) maps_tile<Warp, T>(c, mean_map, tile / tiles, static_cast<int>(tile % tiles) * kRows);
 }
 
 template <class T, int STEPS>
-__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) forward_kernel(Call c) {
+__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) gated_attention_kernel(Call c) {
   __shared__ Shared<STEPS> shared;
   forward_block<T>(shared, c, blockIdx.x);
 }
 
 template <class T, int STEPS>
-__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) backward_keys_kernel(Call c, Gradients g) {
+__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) gated_attention_keys_kernel(Call c, Gradients g) {
   __shared__ Shared<STEPS> shared;
   keys_block<T>(shared, c, g, blockIdx.x);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) maps_gradient_kernel(Call c, Gradients g) {
+__global__ void __launch_bounds__(kThreads) gated_attention_maps_gradient_kernel(Call c, Gradients g) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index < c.a.batch * c.a.n * (c.a.dim / 8)) maps_gradient<T>(c, g, index);
 }
 
 template <class T, int STEPS>
-__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) backward_rows_kernel(Call c, Gradients g) {
+__global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) gated_attention_rows_kernel(Call c, Gradients g) {
   __shared__ Shared<STEPS> shared;
   rows_block<T>(shared, c, g, blockIdx.x);
 }
@@ -49,12 +49,12 @@ template <class T, int STEPS>
 cudaError_t forward(const Call& c, float* mean_map, cudaStream_t queue) {
   const GatedAttentionArgs& a = c.a;
   if (a.queries > 0) {
-    gate_maps_kernel<T><<<ceiling(a.batch * ceiling(a.n, kRows), kWarps), kThreads, 0, queue>>>(c, mean_map);
+    gated_attention_maps_kernel<T><<<ceiling(a.batch * ceiling(a.n, kRows), kWarps), kThreads, 0, queue>>>(c, mean_map);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if (a.rows > 0) {
     const int64_t blocks = a.batch * a.heads * ceiling(a.rows, kWarps * kForwardBlocks * kRows);
-    forward_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c);
+    gated_attention_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c);
   }
   return cudaGetLastError();
 }
@@ -63,13 +63,13 @@ template <class T, int STEPS>
 cudaError_t backward(const Call& c, const Gradients& g, cudaStream_t queue) {
   const GatedAttentionArgs& a = c.a;
   const int64_t blocks = a.batch * a.heads * ceiling(a.n, kWarps * kRows);
-  backward_keys_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c, g);
+  gated_attention_keys_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c, g);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   if (a.queries > 0) {
-    maps_gradient_kernel<T><<<ceiling(a.batch * a.n * (a.dim / 8), kThreads), kThreads, 0, queue>>>(c, g);
+    gated_attention_maps_gradient_kernel<T><<<ceiling(a.batch * a.n * (a.dim / 8), kThreads), kThreads, 0, queue>>>(c, g);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  backward_rows_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c, g);
+  gated_attention_rows_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c, g);
   return cudaGetLastError();
 }
 
