@@ -55,6 +55,11 @@ raise SystemExit(not all(checks))
 ON_DEVICE = ("cuda_graph_capture", "waits_for_nothing")
 # Tests that must have passed, not merely been skipped, before an item counts as settled.
 PROOF = {
+    "gated-attention": [
+        f"test_{name}[{backend}]"
+        for name in ("opcheck_on_a_gpu", "cuda_graph_capture", "the_same_bits_every_time")
+        for backend in ("cuda", "triton")
+    ],
     "mask-match": [
         f"test_{name}[{backend}]"
         for name in ("opcheck_on_a_gpu", "cuda_graph_capture", "follows_the_current_stream")
@@ -76,7 +81,10 @@ OP_ITEMS = {
     "mask_match": ("mask-match", "native-context", "devices"),
     "packing": ("packing",),
     "self_checks": ("self-checks",),
+    "gated_attention": ("gated-attention",),
+    "gated_attention_blocks": (),
 }
+TIMES = {"mask_match": "mask-match-time", "mask_iou": "mask-match-time", "gated_attention": "gated-attention-time"}
 KINDS = ("op", "pipeline", "stage", "training", "memory", "scaling")
 
 
@@ -331,9 +339,8 @@ def _benchmarks(arguments: argparse.Namespace, out: Path):
         return Step(f"list {kind}", [*run, kind, "--list", *common], 120, settles=(f"{kind}-rows",))
 
     def bench(kind: str, what: str) -> Step:
-        masks = what in ("mask_match", "mask_iou")
-        settles = (f"{kind}-rows", *(("mask-match-time",) if masks else ()))
-        back_ends = ("cuda", "triton") if masks and arguments.device != "cpu" else ()
+        settles = (f"{kind}-rows", *((TIMES[what],) if what in TIMES else ()))
+        back_ends = ("cuda", "triton") if what in TIMES and arguments.device != "cpu" else ()
         command = [*run, kind, what, *common, "--seconds", "2", "--output", str(out / "rows.jsonl")]
         return Step(f"{kind} {what}", command, 240, settles, back_ends, rows=True)
 

@@ -2,9 +2,10 @@
 
 Triton kernels are the entries of `AHEAD_OF_TIME` in the modules of `kernels`: (kernel, argument types, compile-time
 constants) and, where a launch asks for more than Triton's defaults, a dict of compile options (`num_warps`,
-`num_stages`, ...) whose key `capabilities`, default (80, 90), says which GPUs get that launch. A type that ends in
-`:16`, as `i32:16`, is of an integer that 16 divides where pointers are aligned. CUDA kernels are the `__global__`
-functions of `csrc/cuda`, compiled for the targets of CMakeLists.txt.
+`num_stages`, ...) whose key `capabilities`, default (80, 90), says which GPUs get that launch, and `aligned`, default
+(False, True), whether tensors that 16 divides do. A type that ends in `:16`, as `i32:16`, is of an integer that 16
+divides where pointers are aligned. CUDA kernels are the `__global__` functions of `csrc/cuda`, compiled for the targets
+of CMakeLists.txt.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class TritonEntry:
     constants: dict[str, object]
     options: dict[str, object]
     capabilities: tuple[int, ...]
+    aligned: tuple[bool, ...]
 
     @property
     def name(self) -> str:
@@ -73,7 +75,8 @@ class TritonEntry:
     @property
     def multiplies_halves(self) -> bool:
         """Matrix products of 16-bit numbers, which tensor cores must do."""
-        return "tl.dot" in inspect.getsource(self.kernel.fn) and bool({"*bf16", "*fp16"} & set(self.types.values()))
+        multiplies = re.search(r"\btl\.dot\(|\bproduct\(", inspect.getsource(self.kernel.fn))
+        return bool(multiplies and {"*bf16", "*fp16"} & set(self.types.values()))
 
     def describe(self) -> str:
         """Distinct types of the pointers, the constants and the options, for instance `i64, fp32; BLOCK=64`."""
@@ -94,7 +97,8 @@ def triton_entries() -> list[TritonEntry]:
         for kernel, types, constants, *more in getattr(module, "AHEAD_OF_TIME", ()):
             options = dict(more[0]) if more else {}
             capabilities = tuple(options.pop("capabilities", CAPABILITIES))
-            found.append(TritonEntry(kernel, types, constants, options, capabilities))
+            aligned = tuple(options.pop("aligned", (False, True)))
+            found.append(TritonEntry(kernel, types, constants, options, capabilities, aligned))
     return found
 
 

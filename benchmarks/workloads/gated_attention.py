@@ -15,21 +15,24 @@ from torch import Tensor
 from pro2sam_fast.models.gated_attention import gated_attention, gated_attention_reference
 
 from . import Options
-from .shared import instruction_sets
+from .shared import back_ends
 
 __all__ = ["cases"]
 
 TESTS = ("tests/ops/test_gated_attention.py",)
 WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # D, heads
 QUERIES = {198: 1, 201: 4}  # N: query tokens
-BATCHES = (1, 8, 32, 128, 512)
+BATCHES = (1, 8, 32, 128, 256, 512)
 DEFAULT = {(1, 201, "small"), (32, 201, "small"), (8, 198, "tiny"), (8, 201, "base")}
 DEFAULT_BACKWARD = {(32, 201, "small")}
+DEFAULT_ON_GPU = {(256, 201, "small")}
 
 
 def cases(options: Options) -> Iterator[Case]:
     for backward in (False, True):
         chosen = DEFAULT_BACKWARD if backward else DEFAULT
+        if options.device.type != "cpu":
+            chosen = chosen | DEFAULT_ON_GPU
         for batch in BATCHES:
             for tokens in QUERIES:
                 for width in WIDTHS:
@@ -78,7 +81,7 @@ def _build(options: Options, backward: bool, batch: int, tokens: int, width: str
         return both if backward else torch.no_grad()(forward)
 
     return Runs(
-        instruction_sets(options.device, call(gated_attention)),
+        back_ends(options.device, lambda name: call(functools.partial(gated_attention, backend=name))()),
         {
             "materialised": call(gated_attention_reference),
             "torch.compile of materialised": compiled(

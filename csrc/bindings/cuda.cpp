@@ -5,6 +5,7 @@
 namespace p2s {
 
 void bind_compact(py::module_& m);
+void bind_gated_attention(py::module_& m);
 void bind_mask_match(py::module_& m);
 void bind_mask_measure(py::module_& m);
 void bind_nms(py::module_& m);
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_info", &p2s::device_info,
         "Versions (1000 * major + 10 * minor), device count, and the reason if there are none.");
   p2s::bind_compact(m);
+  p2s::bind_gated_attention(m);
   p2s::bind_mask_match(m);
   p2s::bind_mask_measure(m);
   p2s::bind_nms(m);

@@ -15,11 +15,10 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from ._backends import check_call, library, register
+from ._backends import check_call, library, register, triton_kernels, unavailable
 
 __all__ = ["gated_attention", "query_maps"]
 
@@ -114,7 +113,9 @@ def gated_attention(
     """Global-token attention, with gradients for q, k and v through both outputs.
 
     Computes in float32, or float64 for float64 inputs; bfloat16 and float16 inputs may have their products' factors
-    rounded to their own dtype. The CPU kernels serve float32 and bfloat16; other dtypes take the reference there.
+    rounded to their own dtype. The CPU kernels serve float32 and bfloat16, Triton's these and float16 in heads of up to
+    128 channels; others take the reference there. The CUDA kernels serve bfloat16 and float16 in heads of 32 or 64
+    channels; others take Triton's kernels or, where these can't run, the reference.
 
     Args:
         q, k, v: (B, N, D) projections of all N tokens, heads side by side, of one floating dtype; the last
@@ -123,7 +124,7 @@ def gated_attention(
         num_queries: G, 0 to N; 0 is plain attention and needs `gate=False`.
         gate: False computes the maps but leaves the values alone (ablation without the gate).
         query_rows: rows of the output to compute, a slice without a step; None for all N.
-        backend: as for `mask_match`; on a GPU "auto" is torch's fused attention on the gated values.
+        backend: as for `mask_match`.
 
     Returns:
         out: (B, R, D) in the dtype of `v`, R = N or the length of `query_rows`.
@@ -142,11 +143,8 @@ def gated_attention(
             raise ValueError(f"gated_attention: query_rows must have no step, got {query_rows}")
         first_row, end, _ = query_rows.indices(rows)
         rows = max(0, end - first_row)
-    arguments = (q, k, v, num_heads, num_queries, gate, first_row, rows)
-    if backend == "auto" and q.device.type == "cuda":
-        _check_gated_attention(*arguments)
-        return _gated_attention_fused(*arguments)
-    return torch.ops.pro2sam_fast.gated_attention(*arguments, backend=backend)[:2]
+    op = torch.ops.pro2sam_fast.gated_attention
+    return op(q, k, v, num_heads, num_queries, gate, first_row, rows, backend=backend)[:2]
 
 
 def query_maps(query_q: Tensor, k: Tensor, num_heads: int) -> Tensor:
@@ -167,16 +165,6 @@ def query_maps(query_q: Tensor, k: Tensor, num_heads: int) -> Tensor:
     scale = 1.0 / (num_heads * math.sqrt(dim // num_heads))
     with torch.autocast(device_type=k.device.type, enabled=False):
         return torch.sigmoid((query_q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1))
-
-
-def _gated_attention_fused(q, k, v, num_heads, num_queries, gate, first_row, rows):
-    """(A * m) v = A (m * v), so any fused attention serves on gated values, rounded to the dtype of v."""
-    maps = query_maps(q[:, q.shape[1] - num_queries :], k, num_heads)
-    if gate:
-        v = (v * maps.mean(1).unsqueeze(-1)).to(v.dtype)
-    q = q[:, first_row : first_row + rows]
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), maps
 
 
 def _check_gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows) -> None:
@@ -246,7 +234,8 @@ def _gated_attention_cpu(q, k, v, num_heads, num_queries, gate, first_row, rows)
         return _gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
     inputs = _with_adjacent_channels(q, k, v)
     outputs = _empty_gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
-    forward, workspace, threads = _cpu_arguments(inputs, outputs, num_heads, num_queries, gate, first_row)
+    forward = _native_arguments(inputs, outputs, num_heads, num_queries, gate, first_row)
+    workspace, threads = _cpu_workspace(inputs, num_heads, num_queries)
     _native._cpu.gated_attention(*forward, workspace.data_ptr(), threads)
     return outputs
 
@@ -256,7 +245,8 @@ def _gated_attention_backward_cpu(grad_out, grad_maps, q, k, v, out, maps, lse, 
         return _gated_attention_backward(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row)
     inputs = _with_adjacent_channels(q, k, v)
     grad_out, grad_maps, *outputs = (t.contiguous() for t in (grad_out, grad_maps, out, maps, lse))
-    forward, workspace, threads = _cpu_arguments(inputs, outputs, num_heads, maps.shape[1], gate, first_row)
+    forward = _native_arguments(inputs, outputs, num_heads, maps.shape[1], gate, first_row)
+    workspace, threads = _cpu_workspace(inputs, num_heads, maps.shape[1])
     grads = _empty_gated_attention_backward(grad_out, grad_maps, q, k, v)
     grad_gate = torch.empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
     _native._cpu.gated_attention_backward(
@@ -271,23 +261,118 @@ def _gated_attention_backward_cpu(grad_out, grad_maps, q, k, v, out, maps, lse, 
     return grads
 
 
+def _gated_attention_triton(q, k, v, num_heads, num_queries, gate, first_row, rows):
+    kernels = triton_kernels("gated_attention")
+    if not kernels.takes(q.dtype, *q.shape[1:], num_heads):
+        return _gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
+    outputs = _empty_gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
+    mean_map = _empty_floats(q, q.shape[:2])
+    kernels.forward(*_with_short_offsets(q, k, v), num_heads, num_queries, gate, first_row, *outputs, mean_map)
+    return outputs
+
+
+def _gated_attention_backward_triton(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row):
+    kernels = triton_kernels("gated_attention")
+    if not kernels.takes(q.dtype, *q.shape[1:], num_heads):
+        return _gated_attention_backward(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row)
+    inputs = _with_short_offsets(q, k, v)
+    grad_out, grad_maps, *outputs = (t.contiguous() for t in (grad_out, grad_maps, out, maps, lse))
+    grads = _empty_gated_attention_backward(grad_out, grad_maps, q, k, v)
+    above = (maps.mean(1), grad_out, grad_maps)
+    kernels.backward(*inputs, num_heads, gate, first_row, *outputs, *above, *grads, *_scratch(q, lse, maps))
+    return grads
+
+
+def _gated_attention_cuda(q, k, v, num_heads, num_queries, gate, first_row, rows):
+    if not _cuda_takes(q, num_heads):
+        slower = _gated_attention if unavailable("triton", q.device.type) else _gated_attention_triton
+        return slower(q, k, v, num_heads, num_queries, gate, first_row, rows)
+    inputs = _with_vectors(q, k, v)
+    outputs = _empty_gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
+    forward = _native_arguments(inputs, outputs, num_heads, num_queries, gate, first_row)
+    mean_map = _empty_floats(q, q.shape[:2])
+    _native._cuda.gated_attention(*forward, mean_map.data_ptr(), *_device_and_stream(q))
+    return outputs
+
+
+def _gated_attention_backward_cuda(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row):
+    if not _cuda_takes(q, num_heads):
+        slower = _gated_attention_backward
+        if not unavailable("triton", q.device.type):
+            slower = _gated_attention_backward_triton
+        return slower(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row)
+    inputs = _with_vectors(q, k, v)
+    grad_out, out = _with_vectors(grad_out.contiguous(), out.contiguous())
+    grad_maps, maps, lse = (t.contiguous() for t in (grad_maps, maps, lse))
+    forward = _native_arguments(inputs, (out, maps, lse), num_heads, maps.shape[1], gate, first_row)
+    grads = _empty_gated_attention_backward(grad_out, grad_maps, q, k, v)
+    mean_map, (delta, grad_gate, grad_logits) = maps.mean(1), _scratch(q, lse, maps)
+    _native._cuda.gated_attention_backward(
+        *forward,
+        grad_out.data_ptr(),
+        grad_maps.data_ptr(),
+        [grad.data_ptr() for grad in grads],
+        *(t.data_ptr() for t in (grad_gate, mean_map, delta, grad_logits)),
+        *_device_and_stream(q),
+    )
+    return grads
+
+
+def _cuda_takes(q, num_heads):
+    tokens, dim = q.shape[1:]
+    halves = q.dtype in (torch.bfloat16, torch.float16)
+    return halves and dim // num_heads in (32, 64) and tokens * dim < 2**31
+
+
+def _device_and_stream(tensor):
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _empty_floats(like, shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _scratch(q, lse, maps):
+    """delta (B, H, R), grad_gate (B, H, N), grad_logits (B, G, N)."""
+    shapes = (lse.shape, (*lse.shape[:2], q.shape[1]), maps.shape)
+    return tuple(_empty_floats(q, shape) for shape in shapes)
+
+
 def _with_adjacent_channels(*tensors):
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def _cpu_arguments(inputs, outputs, num_heads, num_queries, gate, first_row):
-    """What both kernels start with; a workspace; the number of threads. The caller keeps the tensors alive."""
+def _with_short_offsets(*tensors):
+    """For kernels whose offsets within an item are 32-bit."""
+    return _with_adjacent_channels(*(t if t.shape[1] * t.stride(1) < 2**31 else t.contiguous() for t in tensors))
+
+
+def _with_vectors(*tensors):
+    """For kernels that load 16 bytes, 8 channels, at once."""
+    tensors = _with_short_offsets(*tensors)
+    return tuple(
+        t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 or any(s % 8 for s in t.stride()[:2]) else t
+        for t in tensors
+    )
+
+
+def _native_arguments(inputs, outputs, num_heads, num_queries, gate, first_row):
+    """What every native kernel starts with. The caller keeps the tensors alive."""
     batch, tokens, dim = inputs[0].shape
-    threads = torch.get_num_threads()
-    floats = threads * _native._cpu.gated_attention_workspace(tokens, dim, num_heads, num_queries)
-    forward = (
+    return (
         [t.data_ptr() for t in (*inputs, *outputs)],
         [stride for t in inputs for stride in t.stride()[:2]],
         [batch, tokens, dim, num_heads, num_queries, first_row, outputs[0].shape[1]],
         gate,
         inputs[0].dtype == torch.bfloat16,
     )
-    return forward, torch.empty(floats, dtype=torch.float32), threads
+
+
+def _cpu_workspace(inputs, num_heads, num_queries):
+    """A workspace and the number of threads."""
+    threads = torch.get_num_threads()
+    floats = threads * _native._cpu.gated_attention_workspace(*inputs[0].shape[1:], num_heads, num_queries)
+    return torch.empty(floats, dtype=torch.float32), threads
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -330,7 +415,12 @@ register(
     "gated_attention(Tensor q, Tensor k, Tensor v, int num_heads, int num_queries, bool gate, SymInt first_row, "
     'SymInt rows, *, str backend="auto") -> (Tensor out, Tensor maps, Tensor lse)',
     _check_gated_attention,
-    {"reference": _gated_attention, "cpu": _gated_attention_cpu},
+    {
+        "reference": _gated_attention,
+        "cpu": _gated_attention_cpu,
+        "cuda": _gated_attention_cuda,
+        "triton": _gated_attention_triton,
+    },
     _empty_gated_attention,
     _examples(_example),
 )
@@ -339,7 +429,12 @@ register(
     "Tensor maps, Tensor lse, int num_heads, bool gate, SymInt first_row, *, "
     'str backend="auto") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)',
     _check_gated_attention_backward,
-    {"reference": _gated_attention_backward, "cpu": _gated_attention_backward_cpu},
+    {
+        "reference": _gated_attention_backward,
+        "cpu": _gated_attention_backward_cpu,
+        "cuda": _gated_attention_backward_cuda,
+        "triton": _gated_attention_backward_triton,
+    },
     _empty_gated_attention_backward,
     _examples(_example_backward),
 )

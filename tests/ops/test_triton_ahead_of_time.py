@@ -12,16 +12,21 @@ from pro2sam_fast.ops._backends import interpreting  # noqa: E402
 if interpreting():
     pytest.skip("the interpreter replaces the compiler (TRITON_INTERPRET=1)", allow_module_level=True)
 
-CASES = [(entry, capability) for entry in triton_entries() for capability in entry.capabilities]
+CASES = [
+    (entry, capability, aligned)
+    for entry in triton_entries()
+    for capability in entry.capabilities
+    for aligned in entry.aligned
+]
+IDS = [f"{entry.name}-{sm}-{'aligned' if aligned else 'any'}" for entry, sm, aligned in CASES]
 
 
 def test_every_kernel_is_listed():
     launched = triton_launched()
-    assert launched and launched == {entry.name for entry, _ in CASES}
+    assert launched and launched == {entry.name for entry, *_ in CASES}
 
 
-@pytest.mark.parametrize("aligned", [False, True], ids=["any", "aligned"])
-@pytest.mark.parametrize(("entry", "capability"), CASES, ids=[f"{entry.name}-{sm}" for entry, sm in CASES])
+@pytest.mark.parametrize(("entry", "capability", "aligned"), CASES, ids=IDS)
 def test_compiles_without_spills(entry, capability, aligned, tmp_path, record_property):
     found = compile_triton(entry, capability, aligned, tmp_path)
     record_property("resources", str(found))

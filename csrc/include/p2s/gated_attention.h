@@ -41,4 +41,12 @@ Status gated_attention_cpu(const GatedAttentionArgs& args, float* workspace, int
 Status gated_attention_backward_cpu(const GatedAttentionGradArgs& args, float* workspace, int threads,
                                     const char** isa);
 
+// For heads of 32 or 64 channels of bfloat16 or, without `bf16`, of float16; every address and stride of q, k, v, out and
+// of their gradients is a multiple of 16 bytes, and offsets within an item fit 32 bits. mean_map (batch, n): mean of the
+// maps over the queries; delta (batch, heads, rows) and grad_logits (batch, queries, n) are scratch. `stream` is a
+// cudaStream_t of `device`; nothing waits for the device.
+Status gated_attention_cuda(const GatedAttentionArgs& args, float* mean_map, int device, void* stream);
+Status gated_attention_backward_cuda(const GatedAttentionGradArgs& args, const float* mean_map, float* delta,
+                                     float* grad_logits, int device, void* stream);
+
 }  // namespace p2s
