@@ -36,7 +36,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _native
-from ._backends import check_call, register, unavailable
+from ._backends import check_call, register, triton_kernels, unavailable
 from .pixel_tiles import TILE, VALUE_LANES, pair, unpack_pixels, unpack_values
 
 __all__ = ["BASES", "POSITIONAL", "VALUES", "decode_sweep0", "decode_sweep1", "decode_sweep2"]
@@ -430,6 +430,30 @@ def _decode_sweep2_cpu(
     return out, r2
 
 
+def _decode_sweep0_triton(bases, values, image, q, pixels):
+    bases, values, image, q = (x.contiguous() for x in (bases, values, image, q))
+    out = torch.empty_like(q)
+    triton_kernels("decode_sweeps").sweep0(bases, values, image, q, pixels, out)
+    return out
+
+
+def _decode_sweep1_triton(bases, values, norms, positional, image, k0, v0, q1, maps, bias, pixels, channels, eps):
+    tensors = (x.contiguous() for x in (bases, values, norms, positional, image, k0, v0, q1, maps, bias))
+    out, r1 = _empty_sweep(k0, norms)
+    triton_kernels("decode_sweeps").sweep1(*tensors, pixels, channels, eps, out, r1)
+    return out, r1
+
+
+def _decode_sweep2_triton(
+    bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, maps, vectors, beta_norm, pixels, channels, eps
+):
+    tensors = (bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, maps, vectors)
+    tensors = (x.contiguous() for x in tensors)
+    out, r2 = _empty_sweep(k0, norms)
+    triton_kernels("decode_sweeps").sweep2(*tensors, beta_norm, pixels, channels, eps, out, r2)
+    return out, r2
+
+
 def _empty_sweep(tokens, norms):
     out = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
     return out, torch.empty((len(tokens), norms.shape[-1]), dtype=torch.float32, device=tokens.device)
@@ -451,7 +475,7 @@ def examples(op: str) -> dict[str, Callable[[torch.device], tuple]]:
 register(
     'decode_sweep0(Tensor bases, Tensor values, Tensor image, Tensor q, int pixels, *, str backend="auto") -> Tensor',
     _check_sweep0,
-    {"reference": _decode_sweep0, "cpu": _decode_sweep0_cpu},
+    {"reference": _decode_sweep0, "cpu": _decode_sweep0_cpu, "triton": _decode_sweep0_triton},
     lambda bases, values, image, q, pixels: torch.empty(q.shape, dtype=torch.float32, device=q.device),
     examples("sweep0"),
 )
@@ -460,7 +484,7 @@ register(
     "Tensor q1, Tensor maps, Tensor bias, int pixels, int channels, float eps, *, "
     'str backend="auto") -> (Tensor out, Tensor r1)',
     _check_sweep1,
-    {"reference": _decode_sweep1, "cpu": _decode_sweep1_cpu},
+    {"reference": _decode_sweep1, "cpu": _decode_sweep1_cpu, "triton": _decode_sweep1_triton},
     lambda bases, values, norms, positional, image, k0, *others: _empty_sweep(k0, norms),
     examples("sweep1"),
 )
@@ -469,7 +493,7 @@ register(
     "Tensor v0, Tensor k1, Tensor v1, Tensor qf, Tensor maps, Tensor vectors, float beta_norm, int pixels, "
     'int channels, float eps, *, str backend="auto") -> (Tensor out, Tensor r2)',
     _check_sweep2,
-    {"reference": _decode_sweep2, "cpu": _decode_sweep2_cpu},
+    {"reference": _decode_sweep2, "cpu": _decode_sweep2_cpu, "triton": _decode_sweep2_triton},
     lambda bases, values, norms, positional, image, r1, k0, *others: _empty_sweep(k0, norms),
     examples("sweep2"),
 )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _native
-from ._backends import check_call, register
+from ._backends import check_call, register, triton_kernels
 from .decode_sweeps import (
     BASES,
     addresses,
@@ -173,12 +173,22 @@ def _decode_upscale_cpu(
     return out
 
 
+def _decode_upscale_triton(
+    bases, positional, image, r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias,
+    height, width, eps,
+):  # fmt: skip
+    tensors = (bases, positional, image, r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias)
+    out = _empty_upscale(hyper, height, width)
+    triton_kernels("decode_upscale").upscale(*(x.contiguous() for x in tensors), height, width, eps, out)
+    return out
+
+
 register(
     "decode_upscale(Tensor bases, Tensor positional, Tensor image, Tensor r1, Tensor r2, Tensor k0, Tensor v0, "
     "Tensor k1, Tensor v1, Tensor hyper, Tensor first, Tensor query, Tensor maps, Tensor vectors, Tensor norm, "
     'Tensor weight, Tensor bias, int height, int width, float eps, *, str backend="auto") -> Tensor',
     _check_upscale,
-    {"reference": _decode_upscale, "cpu": _decode_upscale_cpu},
+    {"reference": _decode_upscale, "cpu": _decode_upscale_cpu, "triton": _decode_upscale_triton},
     lambda *arguments: _empty_upscale(arguments[9], *arguments[17:19]),
     examples("upscale"),
 )

@@ -38,10 +38,8 @@ def without_padding(result, pixels):
     return out, *(r[:, :pixels] for r in rest)
 
 
-@pytest.fixture(params=[case for case in backend_cases() if case.problem is None and case.backend != "triton"], ids=str)
+@pytest.fixture(params=[case for case in backend_cases() if case.problem is None], ids=str)
 def case(request):
-    if request.param.device == "cuda" and request.param.backend != "reference":
-        pytest.skip("no CUDA kernel yet")
     with forced_isa(request.param.isa):
         yield request.param
 
