@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_TOKENS = 16
+PADDED = 8  # rows of a head; at least the tokens
 LEAST_ROWS = 16  # of a matrix product, and its least depth
 
 
@@ -24,7 +24,7 @@ class Shape(NamedTuple):
 
     heads, tokens, width: h, T, d. padded: rows of a head. join: heads of a block. lanes, pair: of the packed layouts.
     step: pixels at a time, a divisor of 64.
-    precise: `input_precision` of products of float32. exact: float32 throughout. wide: 16-bit operands are widened first, for the interpreter,
+    exact: float32 operands. wide: 16-bit operands are widened first, for the interpreter,
     which multiplies bfloat16 as integers.
     """
 
@@ -36,34 +36,40 @@ class Shape(NamedTuple):
     lanes: int
     pair: int
     step: int
-    precise: str
     exact: bool
     wide: bool
 
 
-def shape_of(tokens: torch.Tensor, lanes: int, bases: torch.Tensor) -> Shape:
-    """Of tokens (G, h, T, d) and packed bases; `problem` must have found none."""
+class Launch(NamedTuple):
+    """How a kernel is compiled: pixels at a time, loads under way at a time, warps."""
+
+    step: int
+    stages: int
+    warps: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {"num_stages": self.stages, "num_warps": self.warps}
+
+
+def sm_90(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is on a GPU with sm_90's shared memory and matrix instructions."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
+def shape_of(tokens: torch.Tensor, lanes: int, bases: torch.Tensor, step: int) -> Shape:
+    """Of tokens (G, h, T, d) and packed bases."""
     _, heads, count, width = tokens.shape
-    padded = 8 if count <= 8 else 16
-    join = min(heads, max(LEAST_ROWS // padded, LEAST_ROWS // width))
-    precise = "ieee" if bases.dtype == torch.float32 else "tf32x3"
-    step = 16 if bases.dtype == torch.float32 else 32
-    return Shape(heads, count, width, padded, join, lanes, bases.shape[4], step, precise, bases.dtype == torch.float32, not bases.is_cuda)
+    return make_shape(heads, count, width, lanes, bases.shape[4], step, bases.dtype, not bases.is_cuda)
 
 
-def problem(tokens: torch.Tensor) -> str | None:
-    """Why the kernels don't take tokens (G, h, T, d), or None."""
-    _, heads, count, width = tokens.shape
-    if heads & (heads - 1) or width & (width - 1) or heads * width < LEAST_ROWS or heads * 8 < LEAST_ROWS:
-        return f"it takes heads and widths that are powers of two, not {heads} heads of {width}"
-    if count > MOST_TOKENS:
-        return f"it takes at most {MOST_TOKENS} tokens, not {count}"
-    return None
-
-
-def config(bases: torch.Tensor) -> dict[str, int]:
-    """How the sweeps are compiled: two steps under way at a time where the operands have 16 bits."""
-    return {"num_stages": 1 if bases.dtype == torch.float32 else 2, "num_warps": 4}
+def make_shape(
+    heads: int, tokens: int, width: int, lanes: int, pair: int, step: int, dtype: torch.dtype, wide: bool = False
+) -> Shape:
+    """The derived numbers: blocks are as small as a matrix product may be."""
+    join = min(heads, max(LEAST_ROWS // PADDED, LEAST_ROWS // width))
+    return Shape(heads, tokens, width, PADDED, join, lanes, pair, step, dtype == torch.float32, wide)
 
 
 @triton.jit
@@ -71,12 +77,12 @@ def multiply(a, b, acc, S: tl.constexpr):
     # acc + a @ b in float32; acc may be None
     if S.wide:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=S.precise)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         x = tl.where(tl.abs(x) <= 65504.0, x, float("nan"))
     return x.to(DTYPE)
 
@@ -259,3 +265,22 @@ def empty_matrices(bases: torch.Tensor, prompts: int, S: Shape, dtype: torch.dty
 def scale_of(tokens: torch.Tensor) -> float:
     """Factor of the scores of tokens (G, h, T, d), for softmax to the base of two."""
     return math.log2(math.e) / math.sqrt(tokens.shape[3])
+
+
+def entry(kernel, types: dict[str, str], launch: Launch, operand: str, capabilities=(80, 90), **constants):
+    """An ahead-of-time entry for SAM's decoder. types: type -> names of arguments; "operand" is the operands'."""
+    shape = make_shape(8, 7, 16, 16, 1, launch.step, torch.float16)
+    of_name = {name: type_.replace("operand", operand) for type_, names in types.items() for name in names.split()}
+    ordered = {name: of_name[name] for name in kernel.arg_names if name in of_name}
+    return kernel, ordered, {**constants, "S": shape}, {**launch.options, "capabilities": capabilities}
+
+
+AHEAD_OF_TIME = tuple(
+    entry(kernel, types, Launch(16, 1, 4), operand, **constants)
+    for operand in ("fp16", "bf16")
+    for kernel, types, constants in (
+        (couple_kernel, {"*fp32": "left map right", "*operand": "out", "fp32": "scale"}, {}),
+        (project_kernel, {"*fp32": "tokens map", "*operand": "out", "i32:16": "columns"}, {"COLUMNS": 64}),
+        (finish_kernel, {"*fp32": "weights tokens map out"}, {}),
+    )
+)

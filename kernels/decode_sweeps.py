@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 
 from .decode_rows import (
+    Launch,
     all_places,
     attend_tokens,
-    config,
     coupled,
     dot_vector,
     empty_matrices,
+    entry,
     finish_kernel,
     in_blocks,
     load_basis,
@@ -27,10 +28,16 @@ from .decode_rows import (
     raise_top,
     scale_of,
     shape_of,
+    sm_90,
     stacked,
     store_matrix,
 )
 from .launch import on
+
+# Two programs of sweep 2 share a multiprocessor of sm_90 with all of a prompt's matrices in shared memory; with less of
+# it, nothing is loaded ahead.
+LAUNCHES = (Launch(64, 2, 4), Launch(32, 2, 4), Launch(16, 1, 4))
+LAUNCHES_SM_90 = (*LAUNCHES[:2], Launch(16, 2, 4))
 
 
 @triton.jit
@@ -65,7 +72,7 @@ def sweep1_kernel(
     bases, values, norms, positional, image, k0, v0, q1, gram, key, bias, out, shares, r1,
     rows, tiles, pixels, scale, per_channel, eps, S: tl.constexpr,
 ):  # fmt: skip
-    # Grid (G,). gram, key: of `couple_kernel`. shares (G, rows, rows): what the probabilities gathered. out misses them.
+    # Grid (G,). gram, key: of `couple_kernel`. shares (G, rows, rows): what the probabilities gathered; out misses it.
     DTYPE: tl.constexpr = bases.dtype.element_ty
     height: tl.constexpr = S.join * S.padded
     blocks: tl.constexpr = S.heads // S.join
@@ -195,17 +202,19 @@ def sweep2_kernel(
 
 def sweep0(bases, values, image, q, pixels, out) -> None:
     """See `ops.decode_sweeps.decode_sweep0`."""
-    S = shape_of(q, values.shape[5], bases)
+    launch = (LAUNCHES_SM_90 if sm_90(bases) else LAUNCHES)[0]
+    S = shape_of(q, values.shape[5], bases, launch.step)
     if len(q):
         with on(bases):
             sweep0_kernel[(len(q),)](
-                bases, values, image, q, out, _rows(bases), bases.shape[1], pixels, scale_of(q), S=S, **config(bases)
+                bases, values, image, q, out, _rows(bases), bases.shape[1], pixels, scale_of(q), S=S, **launch.options
             )
 
 
 def sweep1(bases, values, norms, positional, image, k0, v0, q1, maps, bias, pixels, channels, eps, out, r1) -> None:
     """See `ops.decode_sweeps.decode_sweep1`."""
-    S = shape_of(k0, values.shape[5], bases)
+    launch = (LAUNCHES_SM_90 if sm_90(bases) else LAUNCHES)[1]
+    S = shape_of(k0, values.shape[5], bases, launch.step)
     if not len(k0):
         return
     with on(bases):
@@ -213,7 +222,7 @@ def sweep1(bases, values, norms, positional, image, k0, v0, q1, maps, bias, pixe
         shares = empty_matrices(bases, len(k0), S, torch.float32)
         sweep1_kernel[(len(k0),)](
             bases, values, norms, positional, image, k0, v0, q1, gram, key, bias, out, shares, r1,
-            _rows(bases), bases.shape[1], pixels, scale_of(k0), 1 / channels, eps, S=S, **config(bases),
+            _rows(bases), bases.shape[1], pixels, scale_of(k0), 1 / channels, eps, S=S, **launch.options,
         )  # fmt: skip
         finish_kernel[(len(k0),)](shares, v0, maps[2], out, S=S, num_stages=1)
 
@@ -223,7 +232,8 @@ def sweep2(
     out, r2,
 ) -> None:  # fmt: skip
     """See `ops.decode_sweeps.decode_sweep2`."""
-    S = shape_of(k0, values.shape[5], bases)
+    launch = (LAUNCHES_SM_90 if sm_90(bases) else LAUNCHES)[2]
+    S = shape_of(k0, values.shape[5], bases, launch.step)
     if not len(k0):
         return
     scale, per_channel = scale_of(k0), 1 / channels
@@ -236,7 +246,7 @@ def sweep2(
         shares0, shares1 = (empty_matrices(bases, len(k0), S, torch.float32) for _ in range(2))
         sweep2_kernel[(len(k0),)](
             bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, vectors, *matrices, out, shares0, shares1,
-            r2, _rows(bases), bases.shape[1], pixels, scale, per_channel, beta_norm, eps, S=S, **config(bases),
+            r2, _rows(bases), bases.shape[1], pixels, scale, per_channel, beta_norm, eps, S=S, **launch.options,
         )  # fmt: skip
         finish_kernel[(len(k0),)](shares0, v0, value0, out, S=S, num_stages=1)
         finish_kernel[(len(k0),)](shares1, v1, value1, out, S=S, num_stages=1)
@@ -244,3 +254,29 @@ def sweep2(
 
 def _rows(bases) -> int:
     return bases.shape[2] * bases.shape[4]
+
+
+_SHARED = {"*operand": "bases values positional gram key query gram0 gram01 gram1 key0 key1", "*i64": "image"}
+_SWEEPS = (
+    (sweep0_kernel, {"*fp32": "q out", "fp32": "scale"}),
+    (sweep1_kernel, {"*fp32": "norms k0 v0 q1 bias out shares r1", "fp32": "scale per_channel eps"}),
+    (
+        sweep2_kernel,
+        {
+            "*fp32": "norms r1 k0 v0 k1 v1 qf vectors out shares0 shares1 r2",
+            "fp32": "scale per_channel beta_norm eps",
+        },
+    ),
+)
+
+AHEAD_OF_TIME = tuple(
+    entry(
+        kernel,
+        {**_SHARED, **own, "i32": "pixels", "i32:16": "rows tiles"},
+        *(launches[sweep], operand),
+        capabilities=(capability,),
+    )
+    for operand in ("fp16", "bf16")
+    for sweep, (kernel, own) in enumerate(_SWEEPS)
+    for capability, launches in ((80, LAUNCHES), (90, LAUNCHES_SM_90))
+)

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 
 from .decode_rows import (
+    Launch,
     attend_tokens,
     coupled,
+    entry,
     in_blocks,
     load_basis,
     load_matrix,
@@ -16,10 +18,12 @@ from .decode_rows import (
     project_kernel,
     scale_of,
     shape_of,
+    sm_90,
     stacked,
 )
 from .launch import on
 
+LAUNCH, LAUNCH_SM_90 = Launch(32, 2, 4), Launch(64, 1, 8)
 STEPS = 16  # of a program
 COLUMNS = 64  # of a projection
 MOST_MASKS = 4
@@ -131,20 +135,37 @@ def upscale(
     height, width, eps, out,
 ) -> None:  # fmt: skip
     """See `ops.decode_upscale.decode_upscale`."""
-    S = shape_of(k0, k0.shape[3], bases)
+    launch = LAUNCH_SM_90 if sm_90(bases) else LAUNCH
+    S = shape_of(k0, k0.shape[3], bases, launch.step)
     prompts, columns, scale = len(k0), maps.shape[2], scale_of(k0)
     if not prompts or not len(hyper):
         return
     with on(bases):
         (query,) = coupled(bases, S, (k1, query, v0, scale))
-        projected = [torch.empty((prompts, query.shape[1], columns), dtype=bases.dtype, device=bases.device)] * 2
-        projected[1] = torch.empty_like(projected[0])
+        size = (prompts, query.shape[1], columns)
+        projected = [torch.empty(size, dtype=bases.dtype, device=bases.device) for _ in range(2)]
         grid = (prompts * triton.cdiv(columns, COLUMNS),)
         for tokens, map, to in zip((v0, v1), maps, projected, strict=True):
             project_kernel[grid](tokens, map, to, columns, COLUMNS=COLUMNS, S=S, num_stages=1)
         parts = triton.cdiv(triton.cdiv(height * width, S.step), STEPS)
         upscale_kernel[(prompts * parts,)](
             bases, positional, image, r1, r2, k0, k1, hyper, first, query, *projected, vectors, norm,
-            weight.to(bases.dtype), bias, out, bases.shape[2] * bases.shape[4], bases.shape[1], height, width, scale, eps,
-            C1=norm.shape[1], C2=len(bias), MASKS=MOST_MASKS, STEPS=STEPS, S=S, num_stages=1,
+            weight.to(bases.dtype), bias, out, bases.shape[2] * bases.shape[4], bases.shape[1], height, width, scale,
+            eps, C1=norm.shape[1], C2=len(bias), MASKS=MOST_MASKS, STEPS=STEPS, S=S, **launch.options,
         )  # fmt: skip
+
+
+_TYPES = {
+    "*operand": "bases positional query map0 map1 weight",
+    "*fp32": "r1 r2 k0 k1 hyper vectors norm bias out",
+    "*i64": "image first",
+    "i32:16": "rows tiles height width",
+    "fp32": "scale eps",
+}
+_CONSTANTS = {"C1": 64, "C2": 32, "MASKS": MOST_MASKS, "STEPS": STEPS}
+
+AHEAD_OF_TIME = tuple(
+    entry(upscale_kernel, _TYPES, launch, operand, capabilities=(capability,), **_CONSTANTS)
+    for operand in ("fp16", "bf16")
+    for capability, launch in ((80, LAUNCH), (90, LAUNCH_SM_90))
+)
