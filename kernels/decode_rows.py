@@ -275,12 +275,14 @@ def entry(kernel, types: dict[str, str], launch: Launch, operand: str, capabilit
     return kernel, ordered, {**constants, "S": shape}, {**launch.options, "capabilities": capabilities}
 
 
-AHEAD_OF_TIME = tuple(
-    entry(kernel, types, Launch(16, 1, 4), operand, **constants)
-    for operand in ("fp16", "bf16")
-    for kernel, types, constants in (
-        (couple_kernel, {"*fp32": "left map right", "*operand": "out", "fp32": "scale"}, {}),
-        (project_kernel, {"*fp32": "tokens map", "*operand": "out", "i32:16": "columns"}, {"COLUMNS": 64}),
-        (finish_kernel, {"*fp32": "weights tokens map out"}, {}),
-    )
+AHEAD_OF_TIME = (
+    entry(finish_kernel, {"*fp32": "weights tokens map out"}, Launch(16, 1, 4), "fp16"),
+    *(
+        entry(kernel, types, Launch(16, 1, 4), operand, **constants)
+        for operand in ("fp16", "bf16")
+        for kernel, types, constants in (
+            (couple_kernel, {"*fp32": "left map right", "*operand": "out", "fp32": "scale"}, {}),
+            (project_kernel, {"*fp32": "tokens map", "*operand": "out", "i32:16": "columns"}, {"COLUMNS": 64}),
+        )
+    ),
 )

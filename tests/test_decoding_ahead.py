@@ -12,7 +12,11 @@ from pro2sam_fast.models.sam.lite import make_sam_lite
 from pro2sam_fast.testing import BackendCase
 
 SIDE = 64
-BACKENDS = (BackendCase("auto", "cpu"), BackendCase("triton", "cpu"), BackendCase("triton", "cuda"))
+BACKENDS = (
+    BackendCase("auto", "cpu"),
+    BackendCase("triton", "cpu"),
+    pytest.param(BackendCase("triton", "cuda"), marks=pytest.mark.cuda),
+)
 
 
 @pytest.fixture(scope="module")
