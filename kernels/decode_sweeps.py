@@ -1,7 +1,7 @@
 """Triton back end of `decode_sweep0`, `decode_sweep1` and `decode_sweep2`. Tensors are contiguous and checked.
 
-A program sees all pixels of its prompt, 64 at a time, and keeps what it gathers in registers. The prompt's images of
-the maps (`couple_kernel`) are made before, and what the probabilities gathered goes through the maps after
+A program sees all pixels of its prompt, `step` at a time, and keeps what it gathers in registers. The maps between the
+prompt's tokens (`couple_kernel`) are made before, and what the probabilities gathered goes through the maps after
 (`finish_kernel`), in float32.
 """
 

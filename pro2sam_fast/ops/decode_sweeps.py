@@ -410,8 +410,10 @@ def triton_limits(bases: torch.Tensor, tokens: torch.Tensor) -> str | None:
         return "it takes bases of 16 bits: with float32 a prompt's operands don't fit the registers"
     if count > TRITON_TOKENS:
         return f"it takes at most {TRITON_TOKENS} tokens, not {count}"
-    if heads < 2 or heads & (heads - 1) or width & (width - 1) or heads * width < VALUE_LANES:
-        return f"it takes heads and channels in powers of two, not {heads} heads of {width}"
+    if heads not in (2, 4, 8) or width not in (2, 4, 8, 16) or heads * width < VALUE_LANES:
+        return f"it takes powers of two up to 8 heads of 16 channels, not {heads} heads of {width}"
+    if bases[:1].numel() >= 1 << 31:
+        return "it takes images of less than 2^31 numbers"
     return None
 
 

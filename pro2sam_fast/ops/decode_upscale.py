@@ -32,7 +32,7 @@ from .decode_sweeps import (
     triton_limits,
     unpack_rows,
 )
-from .pixel_tiles import VALUE_LANES, unpack_pixels
+from .pixel_tiles import unpack_pixels
 
 __all__ = ["decode_upscale"]
 
@@ -179,8 +179,8 @@ def _decode_upscale_cpu(
 
 def _triton_limits(*arguments) -> str | None:
     channels = arguments[14].shape[1], len(arguments[16])
-    if any(n & (n - 1) or n < VALUE_LANES // 2 for n in channels) or channels[0] < VALUE_LANES:
-        return f"it takes channels in powers of two, not {channels[0]} and {channels[1]}"
+    if channels[0] not in (16, 32, 64) or channels[1] not in (8, 16, 32):
+        return f"it takes powers of two up to 64 and 32 channels, not {channels[0]} and {channels[1]}"
     return triton_limits(arguments[0], arguments[5])
 
 

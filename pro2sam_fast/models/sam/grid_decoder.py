@@ -103,7 +103,8 @@ class GridDecoder:
         self.hypernetworks = [perceptron(mlp) for mlp in decoder.output_hypernetworks_mlps]
         with torch.no_grad():
             positional = self._fold(sam)
-            self.dtype = dtype if _fits(dtype, positional, *self._converted()) else torch.bfloat16
+            beyond = dtype == torch.float16 and not _fit_float16(positional, *self._converted())
+            self.dtype = torch.bfloat16 if beyond else dtype
             self.positional = pack_pixels(positional, self.dtype)
             self.layers = [TokenLayer(layer, self.dtype) for layer in transformer.layers]
 
@@ -411,9 +412,8 @@ class GridDecoder:
         return iou, logits
 
 
-def _fits(dtype: torch.dtype, *tensors: Tensor) -> bool:
-    most = torch.finfo(dtype).max
-    return all(bool((x.abs() <= most).all()) for x in tensors)
+def _fit_float16(*tensors: Tensor) -> bool:
+    return all(bool((x.abs() <= torch.finfo(torch.float16).max).all()) for x in tensors)
 
 
 def _joined(parts: list) -> NamedTuple:
