@@ -71,6 +71,14 @@ PROOF = {
     "packing": ["test_cuda_equals_cpu"],
     "match": ["test_same_result_on_a_gpu"],
     "sharding": ["test_two_processes_on_gpus"],
+    "decode-sweeps-op": [
+        f"test_parity[{op}-square-float16-triton]" for op in ("sweep0", "sweep1", "sweep2", "upscale")
+    ],
+    "decode-ahead": [
+        "test_tokens_and_masks_in_a_cuda_graph",
+        "test_the_whole_chain[float16-0.0012-triton-cuda]",
+        "test_prompts_of_several_images[triton-cuda]",
+    ],
     "gallery": ["test_gallery_on_a_gpu"],
     **{
         f"{op}-op": [f"test_{name}[{backend}]" for name in ON_DEVICE for backend in ("cuda", "triton")]
@@ -312,7 +320,7 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
         yield _sanitized(tests(f"{tool} ops", "tests/ops", "-m", "not slow", "-k", SMALL, settles=(tool,)), tool)
     benches = _benchmarks(arguments, out)
     yield from _sent(benches, ("op",))
-    on_device = ("match", "gallery", "sharding")
+    on_device = ("match", "gallery", "sharding", "decode-ahead")
     yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=on_device)
     yield from _sent(benches, KINDS[1:])
 

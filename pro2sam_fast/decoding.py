@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .decoding_ahead import MasksAhead, OutOfRangeError, masks_ahead
 from .memory import in_chunks, joined
 from .models.sam import DecodedTokens, GridDecoder, Sam
 from .models.sam.grid_decoder import DecodedGrid, ImageBases
@@ -21,7 +23,9 @@ __all__ = ["PointDecoder"]
 
 # Matrix products of different sizes round differently, so prompts are decoded and masks upscaled in groups of a fixed
 # size (the last one filled up with copies): a mask does not depend on how many others are asked for with it.
-_PROMPTS_PER_GRID = 64
+_PROMPTS_PER_GRID = {"cpu": 64}
+_PROMPTS_PER_GRID_ELSEWHERE = 256
+_PROMPTS_AHEAD = 1024  # whose tokens are made before the first masks, 48 KiB of results each
 _PROMPTS_PER_DECODE = {"cpu": 16}
 _PROMPTS_PER_UPSCALE = {"cpu": 8}
 _PROMPTS_PER_GROUP_ELSEWHERE = 64
@@ -29,8 +33,8 @@ _PROMPTS_PER_GROUP_ELSEWHERE = 64
 
 @dataclass(frozen=True)
 class PointDecoder:
-    """Low-resolution masks of point prompts: on a CPU by `GridDecoder`, where it knows the model, else by the mask
-    decoder in groups of fixed size."""
+    """Low-resolution masks of point prompts: by `GridDecoder`, where it knows the model and has fast kernels, else by
+    the mask decoder in groups of fixed size."""
 
     sam: Sam
     dtype: torch.dtype
@@ -47,8 +51,9 @@ class PointDecoder:
         Yields:
             Indices (K,) of their prompts, logits (K, 4e, 4e), IoU (K,), and how many prompts these are.
         """
-        if self._grid is not None and embedding.device.type == "cpu":
-            yield from self._decode_grid(embedding, coords, points_per_batch)
+        if self._grid is not None:
+            decode = self._decode_grid if embedding.device.type == "cpu" else self._decode_ahead
+            yield from decode(embedding, coords, points_per_batch)
             return
         for index, low_res, iou in self._decode_groups(embedding, coords):
             keep = self._wanted(iou)
@@ -58,7 +63,14 @@ class PointDecoder:
     @functools.cached_property
     def _grid(self) -> GridDecoder | None:
         operands = fast_operands(self.sam.device.type, self.dtype)
-        return GridDecoder(self.sam, operands) if operands is not None and GridDecoder.supports(self.sam) else None
+        if operands is None or not GridDecoder.supports(self.sam):
+            return None
+        return GridDecoder(self.sam, operands, _PROMPTS_PER_GRID.get(self.sam.device.type, _PROMPTS_PER_GRID_ELSEWHERE))
+
+    @functools.cached_property
+    def _wide_grid(self) -> GridDecoder:
+        """Takes over what is beyond the range of float16."""
+        return GridDecoder(self.sam, torch.bfloat16, self._grid.prompts_per_group, self._grid.backend)
 
     def _wanted(self, iou: Tensor) -> Tensor:
         return iou > self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else torch.ones_like(iou, dtype=torch.bool)
@@ -70,10 +82,10 @@ class PointDecoder:
 
     def _decode_grid(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
         bases = self._grid.bases(embedding)
-        for start in range(0, len(coords), _PROMPTS_PER_GRID):
-            index = torch.arange(start, min(start + _PROMPTS_PER_GRID, len(coords)))
-            sparse, _ = self._sparse(coords[_filled(index, _PROMPTS_PER_GRID)])
-            decoded = self._grid_tokens(bases, sparse[: len(index)])
+        for start in range(0, len(coords), self._grid.prompts_per_group):
+            index = torch.arange(start, min(start + self._grid.prompts_per_group, len(coords)))
+            sparse, _ = self._sparse(coords[_filled(index, self._grid.prompts_per_group)])
+            decoded = self._grid_tokens(self._grid, bases, sparse[: len(index)])
             keep = self._wanted(decoded.iou)
             keep[:, 0] = False
             alive = keep.any(dim=1).nonzero().squeeze(1)
@@ -82,8 +94,35 @@ class PointDecoder:
                 prompts = index[part].repeat_interleave(wanted.sum(dim=1))
                 yield prompts, self._grid_masks(bases, chosen, wanted), chosen.iou[wanted], len(part)
 
-    def _grid_tokens(self, bases: ImageBases, sparse: Tensor) -> DecodedGrid:
-        parts = in_chunks(lambda a, b: self._grid.tokens(bases, sparse[a:b]), len(sparse), len(sparse))
+    def _decode_ahead(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
+        grid, done = self._grid, 0
+        while done < len(coords):
+            try:
+                for masks in self._ahead(grid, embedding, coords, done, points_per_batch):
+                    done = masks.stop
+                    yield masks[1:]
+                return
+            except OutOfRangeError:
+                warnings.warn("numbers beyond float16: masks are decoded with bfloat16", RuntimeWarning, stacklevel=2)
+                grid = self._wide_grid
+
+    def _ahead(
+        self, grid: GridDecoder, embedding: Tensor, coords: Tensor, start: int, points_per_batch: int
+    ) -> Iterator[MasksAhead]:
+        # of the prompts from `start` on
+        bases = grid.bases(embedding)
+        for first in range(start, len(coords), _PROMPTS_AHEAD):
+            index = torch.arange(first, min(first + _PROMPTS_AHEAD, len(coords)), device=coords.device)
+            groups = index.split(grid.prompts_per_group)
+            sparse = [self._sparse(coords[_filled(group, grid.prompts_per_group)])[0][: len(group)] for group in groups]
+            decoded = self._grid_tokens(grid, bases, joined(sparse))
+            keep = self._wanted(decoded.iou)
+            keep[:, 0] = False
+            for masks in masks_ahead(grid, bases, decoded, keep, points_per_batch):
+                yield masks._replace(stop=first + masks.stop, prompts=first + masks.prompts)
+
+    def _grid_tokens(self, grid: GridDecoder, bases: ImageBases, sparse: Tensor) -> DecodedGrid:
+        parts = in_chunks(lambda a, b: grid.tokens(bases, sparse[a:b]), len(sparse), len(sparse))
         return DecodedGrid(*map(joined, zip(*parts, strict=True)))
 
     def _grid_masks(self, bases: ImageBases, decoded: DecodedGrid, wanted: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ class MaskGenerator:
         min_mask_region_area: holes and islands of fewer pixels are removed, then NMS runs again; 0 switches it off.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or the torch dtype) for encoder and decoder through
             autocast; filters, resizing and the encoder of ``lite`` always work in float32. On a CPU the decoder takes
-            bfloat16 operands where the processor multiplies them (AVX512-BF16), else float32.
+            bfloat16 operands where the processor multiplies them (AVX512-BF16), else float32; on a GPU float16 for both
+            reduced types, and bfloat16 where numbers are beyond its range.
 
     Raises:
         ConfigError: an argument is out of its range; the message names it.

@@ -75,7 +75,7 @@ class TritonEntry:
     @property
     def multiplies_halves(self) -> bool:
         """Matrix products of 16-bit numbers, which tensor cores must do."""
-        multiplies = re.search(r"\btl\.dot\(|\bproduct\(", inspect.getsource(self.kernel.fn))
+        multiplies = re.search(r"\btl\.dot\(|\b(?:product|multiply)\(", inspect.getsource(self.kernel.fn))
         return bool(multiplies and {"*bf16", "*fp16"} & set(self.types.values()))
 
     def describe(self) -> str:

@@ -129,14 +129,21 @@ class Registration:
         name: of the op.
         implementations: back end -> function of the op's arguments.
         examples: row of `testing.TOLERANCES` -> function that makes the arguments of a small call on a device.
+        limits: back end -> function of the op's arguments: why the back end doesn't take them, or None.
         verdicts: (back end, device) -> why the self-check failed, or None if it passed. Made once a process.
         dropped: (back end, device) -> what it raised when `auto` called it; `auto` leaves it alone from then on.
     """
 
-    def __init__(self, name: str, implementations: Mapping[str, Callable], examples: Examples | None = None):
+    def __init__(
+        self,
+        name: str,
+        implementations: Mapping[str, Callable],
+        examples: Examples | None = None,
+        limits: Mapping[str, Callable] | None = None,
+    ):
         self.name = name
         self.implementations = implementations
-        self.examples = examples or {}
+        self.examples, self.limits = examples or {}, limits or {}
         self.verdicts: dict[tuple[str, torch.device], str | None] = {}
         self.dropped: dict[tuple[str, torch.device], str] = {}
         self.announced: set[str] = set()
@@ -150,7 +157,7 @@ class Registration:
         """
         device = arguments[0].device
         while True:
-            chosen = self.pick(backend, device)
+            chosen = self.pick(backend, device, arguments)
             try:
                 return self.implementations[chosen](*arguments)
             except (TypeError, ValueError):
@@ -160,17 +167,17 @@ class Registration:
                     raise
                 self.dropped[chosen, device] = f"it failed: {one_line(error)}"
 
-    def pick(self, backend: str, device: str | torch.device) -> str:
+    def pick(self, backend: str, device: str | torch.device, arguments: tuple = ()) -> str:
         """`auto` takes the first that can run and says once if that isn't the first choice; a name works or raises."""
         device = torch.device(device)
         if backend != "auto":
-            reason = self.problem(backend, device)
+            reason = self.problem(backend, device) or self.limit(backend, arguments)
             if reason is not None:
                 raise BackendError(f"{self.name}: back end {backend!r} can't run: {reason}")
             return backend
         preference = [name for name in PREFERENCE.get(device.type, ()) if name in self.implementations]
         for chosen in (*preference, "reference"):
-            reason = self.dropped.get((chosen, device)) or self.problem(chosen, device)
+            reason = self.limit(chosen, arguments) or self.dropped.get((chosen, device)) or self.problem(chosen, device)
             if reason is None:
                 return chosen
             self.announce(chosen, device.type, reason)
@@ -184,6 +191,10 @@ class Registration:
         if reason is None and backend in CHECKED:
             reason = self.first_use(backend, device)
         return reason
+
+    def limit(self, backend: str, arguments: tuple) -> str | None:
+        """Why `backend` doesn't take these arguments, or None."""
+        return self.limits[backend](*arguments) if arguments and backend in self.limits else None
 
     def first_use(self, backend: str, device: torch.device) -> str | None:
         """The verdict of the self-check, which a CUDA graph must not record."""
@@ -209,6 +220,8 @@ class Registration:
             with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
                 for tolerance, example in self.examples.items():
                     arguments = example(device)
+                    if self.limit(backend, arguments):
+                        continue
                     expected = self.implementations["reference"](*arguments)
                     assert_matches(self.implementations[backend](*arguments), expected, tolerance)
         except Exception as error:
@@ -275,6 +288,7 @@ def register(
     implementations: Mapping[str, Callable],
     fake: Callable,
     examples: Examples | None = None,
+    limits: Mapping[str, Callable] | None = None,
 ) -> Registration:
     """Define `pro2sam_fast::<schema>` and register its kernels: the reference for every device, faster ones over it.
 
@@ -287,10 +301,11 @@ def register(
         examples: what the self-check of a GPU back end compares, see `Registration`: a row of `testing.TOLERANCES` ->
             function of a device that returns the arguments of a small call, always the same, all of whose outputs are
             defined. One for each dtype whose kernels differ.
+        limits: back end name -> function of the op's arguments that says why the back end doesn't take them, or None.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    registration = REGISTRATIONS[name] = Registration(name, implementations, examples)
+    registration = REGISTRATIONS[name] = Registration(name, implementations, examples, limits)
 
     def kernel(*arguments, backend="auto"):
         check(*arguments)

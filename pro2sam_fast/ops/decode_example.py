@@ -19,9 +19,10 @@ class Arguments:
     shape: images, prompts, tokens, (heads, width), grid, channels after the two convolutions; by default those of SAM
         on a grid of one tile, beyond which r1 and r2 would be undefined.
     dtype: of the bases.
+    device: whose layout the bases have.
     """
 
-    def __init__(self, shape=SHAPE, dtype=torch.float32, seed=0):
+    def __init__(self, shape=SHAPE, dtype=torch.float32, seed=0, device="cpu"):
         self.images, self.prompts, self.tokens, (self.heads, self.width), self.grid, channels = shape
         generator = torch.Generator().manual_seed(seed)
         self.pixels, self.inner, self.channels = self.grid[0] * self.grid[1], self.heads * self.width, 2 * 128
@@ -32,12 +33,12 @@ class Arguments:
 
         rows = normal(self.images, len(BASES) * i + 4 * c1, self.pixels)
         tiles = -(-self.pixels // 64)
-        self.bases = pack_pixels(rows, dtype)
+        self.bases = pack_pixels(rows.to(device), dtype)
         values = normal(self.images, len(VALUES), self.heads, self.width, self.pixels)
-        self.values = pack_values(values, dtype)
+        self.values = pack_values(values.to(device), dtype)
         self.norms = torch.rand((self.images, 3, tiles * 64), generator=generator) * 100 + 400
         self.norms[:, 2] -= 450
-        self.positional = pack_pixels(normal(1, len(POSITIONAL) * i, self.pixels), dtype)
+        self.positional = pack_pixels(normal(1, len(POSITIONAL) * i, self.pixels).to(device), dtype)
         self.image = torch.randint(self.images, (g,), generator=generator)
         self.k0, self.v0, self.k1, self.v1, self.q = (normal(g, self.heads, self.tokens, self.width) for _ in range(5))
         maps = normal(11, i, i, scale=i**-0.5)

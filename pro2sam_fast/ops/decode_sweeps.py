@@ -23,8 +23,9 @@ T tokens, d channels a head, I = h d, D channels of the image.
     image       int64 (G,), which image a prompt belongs to
     q, k, v     float32 (G, h, T, d); scores are divided by sqrt(d) here
 
-bfloat16 bases mean bfloat16 operands, float32 sums and float32 statistics. Results don't depend on the number of
-threads, on the order of the prompts or on which other prompts there are.
+Bases of 16 bits mean operands of 16 bits, float32 sums and float32 statistics; with float16, an operand beyond its
+range makes what depends on it NaN. Results don't depend on the number of threads, on the order of the prompts or on
+which other prompts there are. Only the CPU kernels check the numbers in ``image``: others would wait for the GPU.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from collections.abc import Callable
 import torch
 
 from .. import _native
-from ._backends import check_call, register, unavailable
-from .pixel_tiles import TILE, VALUE_LANES, pair, unpack_pixels, unpack_values
+from ._backends import check_call, register, triton_kernels, unavailable
+from .pixel_tiles import TILE, VALUE_LANES, unpack_pixels, unpack_values
 
 __all__ = ["BASES", "POSITIONAL", "VALUES", "decode_sweep0", "decode_sweep1", "decode_sweep2"]
 
@@ -49,6 +50,7 @@ MAPS2 = ("query", "gram0", "gram01", "gram1", "key0", "key1", "value0", "value1"
 VECTORS2 = ("beta0", "beta1", "key", "value", "constant")
 MAX_TOKENS = 32
 MAX_WIDTH = 256
+TRITON_TOKENS = 8
 
 
 def unpack_rows(packed: torch.Tensor, names: tuple[str, ...], name: str, inner: int, pixels: int) -> torch.Tensor:
@@ -147,10 +149,14 @@ def _decode_sweep2(
 
 
 def fast_operands(device_type: str, dtype: torch.dtype) -> torch.dtype | None:
-    """The operands with which native sweeps serve a model that works in ``dtype``; None if there are no native sweeps.
+    """The operands with which fast sweeps serve a model that works in ``dtype``; None if there are no fast sweeps.
 
-    bfloat16 is only worth its rounding where the processor multiplies it directly.
+    On a CPU bfloat16 is only worth its rounding where the processor multiplies it directly. On a GPU float16 costs what
+    bfloat16 does and is ten times closer to float32, which has no fast sweeps there.
     """
+    if device_type == "cuda":
+        halves = dtype != torch.float32 and unavailable("triton", device_type) is None
+        return torch.float16 if halves else None
     if device_type != "cpu" or unavailable("cpu", device_type) is not None:
         return None
     return dtype if dtype == torch.bfloat16 and _native._cpu.isa_active() == "avx512bf16" else torch.float32
@@ -281,20 +287,21 @@ def check_decode(
 
     Args:
         op: for messages.
-        bases: packed, float32 or bfloat16.
+        bases: packed, float32, bfloat16 or float16.
         tokens: float32 tensors of one shape (G, h, T, d), which gives the others theirs.
         pixels: P.
         others: float32 tensors (int64 for `image`, the dtype of `bases` for `values` and `positional`) with the shapes
             that they must have.
     """
     shape = next(iter(tokens.values())).shape
-    if bases.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"{op}: bases must be float32 or bfloat16, got {bases.dtype}")
+    if bases.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: bases must be float32, bfloat16 or float16, got {bases.dtype}")
     if len(shape) != 4 or not 2 <= shape[2] <= MAX_TOKENS or shape[3] % 2 or min(shape[1:]) < 1:
         raise ValueError(
             f"{op}: {next(iter(tokens))} must be (G, h, T, d), T from 2 to {MAX_TOKENS} and d even, got {tuple(shape)}"
         )
-    n, tiles, inner = pair(bases.dtype), max(-(-pixels // TILE), 1), shape[1] * shape[3]
+    n = 2 if bases.dim() == 5 and bases.shape[4] == 2 and bases.dtype == torch.bfloat16 else 1
+    tiles, inner = max(-(-pixels // TILE), 1), shape[1] * shape[3]
     if inner % VALUE_LANES or shape[3] > MAX_WIDTH:
         raise ValueError(
             f"{op}: h d must be a multiple of {VALUE_LANES} and d at most {MAX_WIDTH}, got {shape[1]} and {shape[3]}"
@@ -384,9 +391,30 @@ def native_shape(bases, tokens, pixels, channels=0, channels1=0, channels2=0):
     prompts, heads, count, width = tokens.shape
     words = bases.shape[2]
     return (
-        *(pair(bases.dtype), bases.shape[1], pixels, words, prompts, heads, count, width),
+        *(bases.shape[4], bases.shape[1], pixels, words, prompts, heads, count, width),
         *(channels, channels1, channels2),
     )
+
+
+def cpu_limits(bases, *others) -> str | None:
+    """Why the CPU kernels don't take these bases, or None."""
+    if bases.dtype == torch.float32 or bases.shape[4] == 2:
+        return None
+    return f"it takes float32 and pairs of bfloat16, not {bases.dtype}"
+
+
+def triton_limits(bases: torch.Tensor, tokens: torch.Tensor) -> str | None:
+    """Why the Triton kernels don't take bases and tokens (G, h, T, d), or None."""
+    _, heads, count, width = tokens.shape
+    if bases.dtype == torch.float32 and bases.is_cuda:
+        return "it takes bases of 16 bits: with float32 a prompt's operands don't fit the registers"
+    if count > TRITON_TOKENS:
+        return f"it takes at most {TRITON_TOKENS} tokens, not {count}"
+    if heads not in (2, 4, 8) or width not in (2, 4, 8, 16) or heads * width < VALUE_LANES:
+        return f"it takes powers of two up to 8 heads of 16 channels, not {heads} heads of {width}"
+    if bases[:1].numel() >= 1 << 31:
+        return "it takes images of less than 2^31 numbers"
+    return None
 
 
 def addresses(*tensors):
@@ -430,6 +458,30 @@ def _decode_sweep2_cpu(
     return out, r2
 
 
+def _decode_sweep0_triton(bases, values, image, q, pixels):
+    bases, values, image, q = (x.contiguous() for x in (bases, values, image, q))
+    out = torch.empty_like(q)
+    triton_kernels("decode_sweeps").sweep0(bases, values, image, q, pixels, out)
+    return out
+
+
+def _decode_sweep1_triton(bases, values, norms, positional, image, k0, v0, q1, maps, bias, pixels, channels, eps):
+    tensors = (x.contiguous() for x in (bases, values, norms, positional, image, k0, v0, q1, maps, bias))
+    out, r1 = _empty_sweep(k0, norms)
+    triton_kernels("decode_sweeps").sweep1(*tensors, pixels, channels, eps, out, r1)
+    return out, r1
+
+
+def _decode_sweep2_triton(
+    bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, maps, vectors, beta_norm, pixels, channels, eps
+):
+    tensors = (bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, maps, vectors)
+    tensors = (x.contiguous() for x in tensors)
+    out, r2 = _empty_sweep(k0, norms)
+    triton_kernels("decode_sweeps").sweep2(*tensors, beta_norm, pixels, channels, eps, out, r2)
+    return out, r2
+
+
 def _empty_sweep(tokens, norms):
     out = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
     return out, torch.empty((len(tokens), norms.shape[-1]), dtype=torch.float32, device=tokens.device)
@@ -441,35 +493,38 @@ def examples(op: str) -> dict[str, Callable[[torch.device], tuple]]:
     def arguments(dtype, device):
         from .decode_example import Arguments
 
-        _, values = getattr(Arguments(dtype=dtype), op)()
+        _, values = getattr(Arguments(dtype=dtype, device=device), op)()
         return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in values)
 
-    dtypes = {"decode float32": torch.float32, "decode bfloat16": torch.bfloat16}
-    return {row: functools.partial(arguments, dtype) for row, dtype in dtypes.items()}
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    return {f"decode {name}": functools.partial(arguments, dtype) for name, dtype in dtypes.items()}
 
 
 register(
     'decode_sweep0(Tensor bases, Tensor values, Tensor image, Tensor q, int pixels, *, str backend="auto") -> Tensor',
     _check_sweep0,
-    {"reference": _decode_sweep0, "cpu": _decode_sweep0_cpu},
+    {"reference": _decode_sweep0, "cpu": _decode_sweep0_cpu, "triton": _decode_sweep0_triton},
     lambda bases, values, image, q, pixels: torch.empty(q.shape, dtype=torch.float32, device=q.device),
     examples("sweep0"),
+    {"cpu": cpu_limits, "triton": lambda bases, values, image, q, pixels: triton_limits(bases, q)},
 )
 register(
     "decode_sweep1(Tensor bases, Tensor values, Tensor norms, Tensor positional, Tensor image, Tensor k0, Tensor v0, "
     "Tensor q1, Tensor maps, Tensor bias, int pixels, int channels, float eps, *, "
     'str backend="auto") -> (Tensor out, Tensor r1)',
     _check_sweep1,
-    {"reference": _decode_sweep1, "cpu": _decode_sweep1_cpu},
+    {"reference": _decode_sweep1, "cpu": _decode_sweep1_cpu, "triton": _decode_sweep1_triton},
     lambda bases, values, norms, positional, image, k0, *others: _empty_sweep(k0, norms),
     examples("sweep1"),
+    {"cpu": cpu_limits, "triton": lambda bases, *others: triton_limits(bases, others[4])},
 )
 register(
     "decode_sweep2(Tensor bases, Tensor values, Tensor norms, Tensor positional, Tensor image, Tensor r1, Tensor k0, "
     "Tensor v0, Tensor k1, Tensor v1, Tensor qf, Tensor maps, Tensor vectors, float beta_norm, int pixels, "
     'int channels, float eps, *, str backend="auto") -> (Tensor out, Tensor r2)',
     _check_sweep2,
-    {"reference": _decode_sweep2, "cpu": _decode_sweep2_cpu},
+    {"reference": _decode_sweep2, "cpu": _decode_sweep2_cpu, "triton": _decode_sweep2_triton},
     lambda bases, values, norms, positional, image, r1, k0, *others: _empty_sweep(k0, norms),
     examples("sweep2"),
+    {"cpu": cpu_limits, "triton": lambda bases, *others: triton_limits(bases, others[5])},
 )

@@ -17,20 +17,22 @@ import torch
 import torch.nn.functional as F
 
 from .. import _native
-from ._backends import check_call, register
+from ._backends import check_call, register, triton_kernels
 from .decode_sweeps import (
     BASES,
     addresses,
     attend_tokens,
     check_decode,
     check_images,
+    cpu_limits,
     examples,
     native_shape,
     queries1,
     shapes,
+    triton_limits,
     unpack_rows,
 )
-from .pixel_tiles import pair, unpack_pixels
+from .pixel_tiles import unpack_pixels
 
 __all__ = ["decode_upscale"]
 
@@ -46,14 +48,15 @@ def _decode_upscale(
     r1, r2 = r1[:, None, :pixels], r2[:, None, :pixels]
     a0 = attend_tokens(unpack_rows(bases, BASES, "q0", inner, pixels)[image], k0, v0)
     a1 = attend_tokens(queries1(bases, positional, image, r1[:, 0], a0, query, inner, pixels), k1, v1)
-    start, count = (n // pair(bases.dtype) for n in (len(BASES) * inner, maps.shape[2]))
+    start, count = (n // bases.shape[4] for n in (len(BASES) * inner, maps.shape[2]))
     shared = unpack_pixels(bases[:, :, start : start + count], pixels)[image]
     own = [torch.einsum("gip,in->gnp", a, m) for a, m in zip((a0, a1), maps, strict=True)]
     y = r2 * (r1 * (shared + own[0]) + own[1] + vectors[0, :, None]) + vectors[1, :, None]
     y = y.unflatten(1, (4, -1))
     y = y * (y.square().mean(dim=2, keepdim=True) + eps).rsqrt() * norm[0, :, None] + norm[1, :, None]
     x = torch.einsum("gscp,knc->gsknp", F.gelu(y), weight.unflatten(0, (4, -1))) + bias[:, None]
-    prompt = torch.repeat_interleave(torch.arange(len(k0), device=first.device), first.diff())
+    mask = torch.arange(len(hyper), device=first.device)
+    prompt = (torch.searchsorted(first, mask, right=True) - 1).clamp(max=len(k0) - 1)
     logits = torch.einsum("mn,msknp->mskp", hyper, F.gelu(x)[prompt])
     # (m, i, j, k, l, h, w) -> rows h, i, k and columns w, j, l
     logits = logits.reshape(-1, 2, 2, 2, 2, height, width).permute(0, 5, 1, 3, 6, 2, 4)
@@ -91,7 +94,8 @@ def decode_upscale(
         r1, r2: float32 (G, 64 tiles) from `decode_sweep1` and `decode_sweep2`.
         k0, v0, k1, v1: float32 (G, h, T, d), keys and values of image-to-token attention 0 and 1; T at most 32.
         hyper: float32 (M, C2), the hypernetworks' vectors, masks of a prompt next to each other.
-        first: int64 (G + 1,), prompt i has the masks first[i]..first[i + 1] - 1, at most 4.
+        first: int64 (G + 1,), prompt i has the masks first[i]..first[i + 1] - 1, at most 4. Prompts without any cost
+            nothing.
         query: float32 (I, I), a0's way to the queries of attention 1.
         maps: float32 (2, I, 4 C1), a0's and a1's way through the first convolution.
         vectors: float32 (2, 4 C1), what is multiplied by r2, and the constant.
@@ -102,10 +106,10 @@ def decode_upscale(
         backend: as for `mask_match`.
 
     Returns:
-        float32 (M, 4 height, 4 width).
+        float32 (M, 4 height, 4 width), undefined from mask first[G] on.
 
     Raises:
-        As `decode_sweep0`; ValueError also for `first` that doesn't split M into runs of at most 4.
+        As `decode_sweep0`; on a CPU ValueError also for `first` that doesn't split M or fewer into runs of at most 4.
     """
     tensors = {"positional": positional, "image": image, "r1": r1, "r2": r2, "k0": k0, "v0": v0, "k1": k1, "v1": v1}
     masks = {"hyper": hyper, "first": first, "query": query, "maps": maps, "vectors": vectors, "norm": norm}
@@ -159,7 +163,7 @@ def _decode_upscale_cpu(
 ):  # fmt: skip
     check_images("decode_upscale", image, len(bases))
     counts = first.diff()
-    if int(first[0]) != 0 or int(first[-1]) != len(hyper) or not bool(((counts >= 0) & (counts <= MAX_MASKS)).all()):
+    if int(first[0]) != 0 or int(first[-1]) > len(hyper) or not bool(((counts >= 0) & (counts <= MAX_MASKS)).all()):
         raise ValueError(f"decode_upscale: first must split {len(hyper)} masks into runs of at most {MAX_MASKS}")
     bases, positional, image = bases.contiguous(), positional.contiguous(), image.contiguous()
     inputs = (r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias)
@@ -173,12 +177,30 @@ def _decode_upscale_cpu(
     return out
 
 
+def _triton_limits(*arguments) -> str | None:
+    channels = arguments[14].shape[1], len(arguments[16])
+    if channels[0] not in (16, 32, 64) or channels[1] not in (8, 16, 32):
+        return f"it takes powers of two up to 64 and 32 channels, not {channels[0]} and {channels[1]}"
+    return triton_limits(arguments[0], arguments[5])
+
+
+def _decode_upscale_triton(
+    bases, positional, image, r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias,
+    height, width, eps,
+):  # fmt: skip
+    tensors = (bases, positional, image, r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias)
+    out = _empty_upscale(hyper, height, width)
+    triton_kernels("decode_upscale").upscale(*(x.contiguous() for x in tensors), height, width, eps, out)
+    return out
+
+
 register(
     "decode_upscale(Tensor bases, Tensor positional, Tensor image, Tensor r1, Tensor r2, Tensor k0, Tensor v0, "
     "Tensor k1, Tensor v1, Tensor hyper, Tensor first, Tensor query, Tensor maps, Tensor vectors, Tensor norm, "
     'Tensor weight, Tensor bias, int height, int width, float eps, *, str backend="auto") -> Tensor',
     _check_upscale,
-    {"reference": _decode_upscale, "cpu": _decode_upscale_cpu},
+    {"reference": _decode_upscale, "cpu": _decode_upscale_cpu, "triton": _decode_upscale_triton},
     lambda *arguments: _empty_upscale(arguments[9], *arguments[17:19]),
     examples("upscale"),
+    {"cpu": cpu_limits, "triton": _triton_limits},
 )

@@ -1,9 +1,9 @@
 """The layout in which the sweeps of the mask decoder read what all prompts of an image share.
 
 Pixels come in tiles of 64 (the last one padded with zeros) and are the fastest dimension, so that a vector register
-holds the same channel of neighbouring pixels. Operands are 32-bit words: one float32, or the `pair` of bfloat16 that a
-dot-product instruction multiplies at once. Channels that meet a prompt's vector pair up by channel (`pack_pixels`);
-channels that are averaged over pixels pair up by pixel (`pack_values`).
+holds the same channel of neighbouring pixels. On a CPU bfloat16 comes in the `pair` that a dot-product instruction
+multiplies at once; elsewhere, and in other types, a `pair` is one number. Channels that meet a prompt's vector pair up
+by channel (`pack_pixels`); channels that are averaged over pixels pair up by pixel (`pack_values`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ TILE = 64
 VALUE_LANES = 16
 
 
-def pair(dtype: torch.dtype) -> int:
-    """Numbers in a 32-bit word: 1 for float32, 2 for bfloat16."""
-    return {torch.float32: 1, torch.bfloat16: 2}[dtype]
+def pair(dtype: torch.dtype, device_type: str = "cpu") -> int:
+    """Numbers that are multiplied at once: 2 for bfloat16 on a CPU, else 1."""
+    return 2 if dtype == torch.bfloat16 and device_type == "cpu" else 1
 
 
 def pack_pixels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float (B, K, P), K even -> ``dtype`` (B, tiles, K / pair, 64, pair). Fastest if K is the dense dimension of x."""
-    words = _words(_padded(x.to(dtype), TILE).transpose(1, 2))
-    return _numbers(words.unflatten(1, (-1, TILE)).transpose(2, 3), dtype)
+    n = pair(dtype, x.device.type)
+    words = _words(_padded(x.to(dtype), TILE).transpose(1, 2), n)
+    return _numbers(words.unflatten(1, (-1, TILE)).transpose(2, 3), dtype, n)
 
 
 def unpack_pixels(packed: torch.Tensor, pixels: int) -> torch.Tensor:
@@ -34,8 +35,9 @@ def unpack_pixels(packed: torch.Tensor, pixels: int) -> torch.Tensor:
 
 def pack_values(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float (B, V, heads, d, P) -> ``dtype`` (B, tiles, V, heads, 64 / pair, d rounded up to 16, pair)."""
-    words = _words(_padded(x.to(dtype), TILE)).unflatten(-1, (-1, TILE // pair(dtype)))
-    return _numbers(_padded(words.permute(0, 4, 1, 2, 5, 3), VALUE_LANES), dtype)
+    n = pair(dtype, x.device.type)
+    words = _words(_padded(x.to(dtype), TILE), n).unflatten(-1, (-1, TILE // n))
+    return _numbers(_padded(words.permute(0, 4, 1, 2, 5, 3), VALUE_LANES), dtype, n)
 
 
 def unpack_values(packed: torch.Tensor, width: int, pixels: int) -> torch.Tensor:
@@ -43,14 +45,14 @@ def unpack_values(packed: torch.Tensor, width: int, pixels: int) -> torch.Tensor
     return packed.float().permute(0, 2, 3, 5, 1, 4, 6).flatten(4)[:, :, :, :width, :pixels]
 
 
-def _words(x: torch.Tensor) -> torch.Tensor:
-    # (..., n) -> int32 (..., n / pair): copies move whole words
-    return x.contiguous().view(torch.int32)
+def _words(x: torch.Tensor, n: int) -> torch.Tensor:
+    # (..., m) -> (..., m / n): copies move whole words
+    return x.contiguous().view(torch.int32) if n > 1 else x
 
 
-def _numbers(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # int32 (...) -> (..., pair)
-    return words.contiguous().view(dtype).unflatten(-1, (-1, pair(dtype)))
+def _numbers(words: torch.Tensor, dtype: torch.dtype, n: int) -> torch.Tensor:
+    # (...) -> (..., n)
+    return words.contiguous().view(dtype).unflatten(-1, (-1, n))
 
 
 def _padded(x: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...memory import joined
+from ...ops.compact import compact
 from ...ops.decode_sweeps import MAX_TOKENS, decode_sweep0, decode_sweep1, decode_sweep2
 from ...ops.decode_upscale import MAX_MASKS, decode_upscale
 from ...ops.pixel_tiles import TILE, VALUE_LANES, pack_pixels, pair
@@ -68,33 +69,50 @@ class GridDecoder:
 
     Args:
         sam: a model for which :meth:`supports` holds, its decoder's parameters in float32.
-        dtype: of the operands of matrix products, float32 or bfloat16; sums and everything else are in float32. The few
-            products that make queries, keys, values and the masks' vectors stay in float32 (they are a third of the
-            tokens' work, and their rounding would be most of the error).
+        dtype: of the operands of matrix products, float32, bfloat16 or float16; sums and everything else are in
+            float32. The few products that make queries, keys, values and the masks' vectors stay in float32 (they are
+            a third of the tokens' work, and their rounding would be most of the error). float16 becomes bfloat16 if a
+            constant of the model is beyond its range; a number of an image or a prompt that is makes predicted IoU or
+            logits NaN.
         prompts_per_group: size of those groups; a single prompt costs as much token work as a whole group.
+        backend: of the sweeps, as for `mask_match`.
 
     Raises:
         ConfigError: the model's decoder is of another kind.
     """
 
-    def __init__(self, sam: Sam, dtype: torch.dtype = torch.float32, prompts_per_group: int = 64) -> None:
+    def __init__(
+        self,
+        sam: Sam,
+        dtype: torch.dtype = torch.float32,
+        prompts_per_group: int = 64,
+        backend: str = "auto",
+    ) -> None:
         if not self.supports(sam):
             raise ConfigError("GridDecoder needs SAM's own mask decoder with its two-way transformer of two layers.")
         decoder = self.decoder = sam.mask_decoder
-        self.dtype = dtype
-        self.prompts_per_group = prompts_per_group
+        self.prompts_per_group, self.backend = prompts_per_group, backend
         self.size = tuple(sam.prompt_encoder.image_embedding_size)
         self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         self.most_prompt_tokens = MAX_TOKENS - len(self.output_tokens)
         transformer = decoder.transformer
         self.heads = transformer.final_attn_token_to_image.num_heads
-        self.layers = [TokenLayer(layer, dtype) for layer in transformer.layers]
         self.final_query = pack(transformer.final_attn_token_to_image.q_proj)
         self.final_out = pack(transformer.final_attn_token_to_image.out_proj)
         self.iou_head = perceptron(decoder.iou_prediction_head)
         self.hypernetworks = [perceptron(mlp) for mlp in decoder.output_hypernetworks_mlps]
         with torch.no_grad():
-            self._fold(sam)
+            positional = self._fold(sam)
+            beyond = dtype == torch.float16 and not _fit_float16(positional, *self._converted())
+            self.dtype = torch.bfloat16 if beyond else dtype
+            self.positional = pack_pixels(positional, self.dtype)
+            self.layers = [TokenLayer(layer, self.dtype) for layer in transformer.layers]
+
+    def _converted(self) -> list[Tensor]:
+        # parameters that become operands, and a bound of what is between the two convolutions
+        gamma, beta = self.upscaling["norm"].abs()
+        linear = [part.weight for layer in self.decoder.transformer.layers for part in (layer.mlp.lin1, layer.mlp.lin2)]
+        return [*linear, self.upscaling["weight"], gamma * len(gamma) ** 0.5 + beta]
 
     @staticmethod
     def supports(sam: Sam) -> bool:
@@ -115,8 +133,12 @@ class GridDecoder:
             and not decoder.iou_prediction_head.sigmoid_output
         )
 
-    def _fold(self, sam: Sam) -> None:
-        """The constants of the model, in float64 until they are finished. Rows times matrices: x @ weight.T + bias."""
+    def _fold(self, sam: Sam) -> Tensor:
+        """The constants of the model, in float64 until they are finished. Rows times matrices: x @ weight.T + bias.
+
+        Returns:
+            float32 (1, 3 I, P): the positional rows of the sweeps.
+        """
         first, second = (_Image(layer) for layer in self.decoder.transformer.layers)
         final = _Projections(self.decoder.transformer.final_attn_token_to_image)
         channels = self.decoder.transformer_dim
@@ -171,7 +193,6 @@ class GridDecoder:
         self.centred_constant, self.gamma = xc.constant[:, None].float(), first.gamma[:, None].float()
         self.beta = beta.float()
         positional = [positions @ read1.k, positions @ ask1.q + first.beta @ ask1.q + ask1.q_bias, positions @ final.k]
-        self.positional = pack_pixels(torch.cat(positional, dim=1).T[None].float(), self.dtype)
 
         scaled0, scaled1 = o0 * first.gamma, o1 * second.gamma
         scaledg = og * second.gamma
@@ -197,6 +218,7 @@ class GridDecoder:
             "bias": deconv2.bias.detach(),
         }
         self.upscale_eps = norm.eps
+        return torch.cat(positional, dim=1).T[None].float()
 
     def _lanes(self, x: Tensor) -> Tensor:
         # (..., I) -> (..., h, lanes)
@@ -236,15 +258,16 @@ class GridDecoder:
     ) -> ImageBases:
         """Bases of an image (D, P), two linear maps of x (C, P) to which bases (tiles, K, 64) and values
         (tiles or 1, 3, h, 64 / pair or 1, lanes, pair or 1) are added."""
-        tiles, words = _tiles(x), pair(self.dtype)
+        tiles, words = _tiles(x), pair(self.dtype, x.device.type)
         bases = torch.baddbmm(bases, maps[0].expand(len(tiles), -1, -1), tiles).to(self.dtype)
         # (P, 3 h lanes) -> (tiles, 3, h, 64 / pair, lanes, pair)
         own = (_padded(x).T @ maps[1]).unflatten(1, (3, self.heads, -1)).unflatten(0, (-1, TILE // words, words))
         values = (own.permute(0, 3, 4, 1, 5, 2) + values).to(self.dtype)
+        norms = _padded(self._norms(image))[None]
+        if self.dtype == torch.float16:  # variances of NaN make everything NaN
+            norms = torch.where(bases.isfinite().all() & values.isfinite().all(), norms, torch.nan)
         return ImageBases(
-            bases.unflatten(1, (-1, words)).transpose(2, 3).contiguous()[None],
-            values.contiguous()[None],
-            _padded(self._norms(image))[None],
+            bases.unflatten(1, (-1, words)).transpose(2, 3).contiguous()[None], values.contiguous()[None], norms
         )
 
     def _norms(self, image: Tensor) -> Tensor:
@@ -290,19 +313,19 @@ class GridDecoder:
         sparse = F.pad(sparse, (0, 0, 0, 0, 0, size - count))
         tok = torch.cat([self.output_tokens.expand(size, -1, -1), sparse], dim=1)
         q = first.norm1(first.self_attention(tok, tok, self.heads))
-        out = decode_sweep0(bases.bases, bases.values, image, split(first.query(q + tok)), pixels)
+        out = decode_sweep0(bases.bases, bases.values, image, split(first.query(q + tok)), pixels, self.backend)
         q = first.finish(q, merged(out))
         k0, v0 = split(first.key(q + tok)), split(first.value(q))
 
         q = second.norm1(q + second.self_attention(q + tok, q, self.heads))
         q1 = split(second.query(q + tok))
         shared = (*bases, self.positional, image)
-        out, r1 = decode_sweep1(*shared, k0, v0, q1, self.maps1, self.bias1, pixels, channels, eps1)
+        out, r1 = decode_sweep1(*shared, k0, v0, q1, self.maps1, self.bias1, pixels, channels, eps1, self.backend)
         q = second.finish(q, merged(out))
         k1, v1 = split(second.key(q + tok)), split(second.value(q))
 
         qf = split(self.final_query(q + tok))
-        constants = (self.maps2, self.vectors2, self.beta_norm, pixels, channels, eps2)
+        constants = (self.maps2, self.vectors2, self.beta_norm, pixels, channels, eps2, self.backend)
         out, r2 = decode_sweep2(*shared, r1, k0, v0, k1, v1, qf, *constants)
         q = transformer.norm_final_attn(q + self.final_out(merged(out)))
 
@@ -325,8 +348,31 @@ class GridDecoder:
         wanted = masks.any(dim=1)
         decoded, masks = decoded.select(wanted), masks[wanted]
         first = F.pad(masks.sum(dim=1).cumsum(dim=0), (1, 0))
-        own = (decoded.r1, decoded.r2, decoded.k0, decoded.v0, decoded.k1, decoded.v1, decoded.hyper[masks], first)
-        constants = (*self.upscaling.values(), *self.size, self.upscale_eps)
+        return self._upscale(bases, decoded, decoded.hyper[masks], first)
+
+    @torch.no_grad()
+    def upscale_padded(
+        self, bases: ImageBases, decoded: DecodedGrid, masks: Tensor, most: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`upscale`, without waiting for the device to know how many masks are wanted.
+
+        Args:
+            most: at least as many as are wanted.
+
+        Returns:
+            logits: float32 (most, 4e, 4e), undefined from the number of wanted masks on.
+            index: int64 (most,), positions of the wanted masks in (G, M), ascending, then -1.
+            count: int64 (), how many are wanted.
+        """
+        index, count = compact(masks.flatten())
+        index = index[:most]
+        first = F.pad(masks.sum(dim=1).cumsum(dim=0), (1, 0))
+        hyper = decoded.hyper.flatten(0, 1)[index.clamp(min=0)]
+        return self._upscale(bases, decoded, hyper, first), index, count
+
+    def _upscale(self, bases: ImageBases, decoded: DecodedGrid, hyper: Tensor, first: Tensor) -> Tensor:
+        own = (decoded.r1, decoded.r2, decoded.k0, decoded.v0, decoded.k1, decoded.v1, hyper, first)
+        constants = (*self.upscaling.values(), *self.size, self.upscale_eps, self.backend)
         return decode_upscale(bases.bases, self.positional, decoded.image, *own, *constants)
 
     @torch.no_grad()
@@ -364,6 +410,10 @@ class GridDecoder:
             iou[index] = decoded.iou[:, masks]
             logits[index] = self.upscale(bases, decoded, chosen.expand(len(index), -1)).unflatten(0, (len(index), -1))
         return iou, logits
+
+
+def _fit_float16(*tensors: Tensor) -> bool:
+    return all(bool((x.abs() <= torch.finfo(torch.float16).max).all()) for x in tensors)
 
 
 def _joined(parts: list) -> NamedTuple:
