@@ -134,7 +134,7 @@ def upscale(
     bases, positional, image, r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias,
     height, width, eps, out,
 ) -> None:  # fmt: skip
-    """See `ops.decode_upscale.decode_upscale`."""
+    """See `ops.decode_upscale.decode_upscale`. All tensors begin at a multiple of 16 bytes: else registers spill."""
     launch = LAUNCH_SM_90 if sm_90(bases) else LAUNCH
     S = shape_of(k0, k0.shape[3], bases, launch.step)
     prompts, columns, scale = len(k0), maps.shape[2], scale_of(k0)
@@ -165,7 +165,7 @@ _TYPES = {
 _CONSTANTS = {"C1": 64, "C2": 32, "MASKS": MOST_MASKS, "STEPS": STEPS}
 
 AHEAD_OF_TIME = tuple(
-    entry(upscale_kernel, _TYPES, launch, operand, capabilities=(capability,), **_CONSTANTS)
+    entry(upscale_kernel, _TYPES, launch, operand, capabilities=(capability,), aligned=(True,), **_CONSTANTS)
     for operand in ("fp16", "bf16")
     for capability, launch in ((80, LAUNCH), (90, LAUNCH_SM_90))
 )
