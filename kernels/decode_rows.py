@@ -268,28 +268,14 @@ def scale_of(tokens: torch.Tensor) -> float:
 
 
 def entry(
-    kernel,
-    types: dict[str, str],
-    launch: Launch,
-    operand: str,
-    capabilities=(80, 90),
-    aligned=(False, True),
-    **constants,
+    kernel, types: dict[str, str], launch: Launch, operand: str, capabilities=(80, 90), aligned=(False, True), **consts
 ):
     """An ahead-of-time entry for SAM's decoder. types: type -> names of arguments; "operand" is the operands'."""
     shape = make_shape(8, 7, 16, 16, 1, launch.step, torch.float16)
     of_name = {name: type_.replace("operand", operand) for type_, names in types.items() for name in names.split()}
     ordered = {name: of_name[name] for name in kernel.arg_names if name in of_name}
-    return (
-        kernel,
-        ordered,
-        {**constants, "S": shape},
-        {
-            **launch.options,
-            "capabilities": capabilities,
-            "aligned": aligned,
-        },
-    )
+    options = {**launch.options, "capabilities": capabilities, "aligned": aligned}
+    return kernel, ordered, {**consts, "S": shape}, options
 
 
 AHEAD_OF_TIME = (
