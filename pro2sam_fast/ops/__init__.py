@@ -10,6 +10,7 @@ from .mask_match import mask_iou, mask_match
 from .mask_measure import mask_measure, mask_pack
 from .nms import nms
 from .packing import pack_masks, popcount, unpack_masks
+from .relative_attention import relative_attention
 
 __all__ = [
     "compact",
@@ -28,5 +29,6 @@ __all__ = [
     "pack_masks",
     "popcount",
     "query_maps",
+    "relative_attention",
     "unpack_masks",
 ]
