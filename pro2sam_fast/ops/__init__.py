@@ -1,5 +1,6 @@
 """Exact tensor operations, each with a plain reference and faster back ends; see CONTRIBUTING.md to add one."""
 
+from .add_layer_norm import add_layer_norm
 from .compact import compact
 from .contour_sweep import contour_sweep
 from .decode_sweeps import decode_sweep0, decode_sweep1, decode_sweep2
@@ -13,6 +14,7 @@ from .packing import pack_masks, popcount, unpack_masks
 from .relative_attention import relative_attention
 
 __all__ = [
+    "add_layer_norm",
     "compact",
     "contour_sweep",
     "decode_sweep0",
