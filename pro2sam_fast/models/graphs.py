@@ -44,7 +44,8 @@ class GraphCache:
                 self.enabled = False
                 self._graphs.clear()
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"no CUDA graph could be recorded ({reason}); launches go one by one", RuntimeWarning)
+                message = f"no CUDA graph could be recorded ({reason}); launches go one by one"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
                 return self.function(x)
         return self._graphs[key](x)
 

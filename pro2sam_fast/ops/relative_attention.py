@@ -4,7 +4,7 @@ Source: "Exploring plain vision transformer backbones for object detection" (Li 
 encoder of "Segment Anything" (Kirillov et al. 2023) has it. For a head of width d, a query at (y, x) and a key at
 (y', x') of the same s_h x s_w window, with tables R_h (2 s_h - 1, d) and R_w (2 s_w - 1, d):
 
-    S[q, k] = q . k / sqrt(d) + q . R_h[y - y' + s_h - 1] + q . R_w[x - x' + s_w - 1];  o = softmax over keys of S, times v
+    S[q, k] = q . k / sqrt(d) + q . R_h[y - y' + s_h - 1] + q . R_w[x - x' + s_w - 1];  o = softmax(S) v
 
 The positional terms take the unscaled query. Windows that reach beyond the grid are filled with pad tokens, which have
 a key and a value like any other and take part in the softmax.
@@ -130,9 +130,8 @@ def _check_relative_attention(q, k, v, table_h, table_w, pad_k, pad_v, window) -
         raise ValueError(f"{op}: window must be 0 (global) or a number of tokens, got {window}")
     heads, d = q.shape[3:]
     side_h, side_w = _sides(q, window)
-    for name, shape in (
-        ("table_h", (2 * side_h - 1, d)), ("table_w", (2 * side_w - 1, d)), ("pad_k", (heads, d)), ("pad_v", (heads, d)),
-    ):  # fmt: skip
+    shapes = {"table_h": (2 * side_h - 1, d), "table_w": (2 * side_w - 1, d), "pad_k": (heads, d), "pad_v": (heads, d)}
+    for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensors[name].shape)}")
 

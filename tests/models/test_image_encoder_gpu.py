@@ -1,5 +1,5 @@
-"""The ViT image encoder's inference on a GPU against its modules. Its code runs on the CPU too, with the ops' references
-or, with TRITON_INTERPRET=1, their Triton kernels."""
+"""The ViT image encoder's inference on a GPU against its modules. Its code runs on the CPU too, with the ops'
+references or, with TRITON_INTERPRET=1, their Triton kernels."""
 
 import copy
 

@@ -67,7 +67,7 @@ def tolerance(dtype):
 def materialised(q, k, v, table_h, table_w, pad_k, pad_v, window):
     """Token by token, in float64, as the formula says."""
     q, k, v, table_h, table_w, pad_k, pad_v = (t.double() for t in (q, k, v, table_h, table_w, pad_k, pad_v))
-    b, h, w, heads, d = q.shape
+    b, h, w, _, d = q.shape
     side_h, side_w = (window, window) if window else (h, w)
     out = torch.empty_like(q)
     for y in range(h):
@@ -185,8 +185,7 @@ def test_only_the_rows_of_a_window_are_seen(case):
     k[:, 4:, 4:], v[:, 4:, 4:] = 7, float("nan")
     after = relative_attention(*on(case.device, [q, k, v, *others, window]), backend=case.backend)
     assert after[:, 4:, 4:].isnan().all()
-    for inside in ((slice(4), slice(8)), (slice(8), slice(4))):
-        assert torch.equal(after[:, *inside], before[:, *inside])
+    assert torch.equal(after[:, :4], before[:, :4]) and torch.equal(after[:, :, :4], before[:, :, :4])
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -223,7 +222,7 @@ def replaced(index, value):
     [
         (replaced(0, None), TypeError, "q must be a tensor, got NoneType"),
         (replaced(0, GOOD[0].int()), TypeError, "q must be floating point"),
-        (replaced(3, GOOD[3].double()), TypeError, "table_h must be floating point like q, torch.float32, got .*float64"),
+        (replaced(3, GOOD[3].double()), TypeError, "table_h must be floating point like q, .*float32, got .*float64"),
         (replaced(1, GOOD[1].to_sparse()), TypeError, "k must be dense"),
         (replaced(5, GOOD[5].to("meta")), ValueError, "on one device"),
         (replaced(1, GOOD[1][:, :2]), ValueError, r"must all be \(B, h, w, H, d\)"),
@@ -249,9 +248,10 @@ def on_a_gpu():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 64, 64, 2, 64, 0), (1, 64, 64, 2, 80, 0), (2, 64, 64, 2, 64, 14), (2, 64, 64, 2, 80, 14)])
-def test_sizes_of_sam_on_a_gpu(on_a_gpu, shape, dtype):
-    arguments = on("cuda", inputs(shape, dtype))
+@pytest.mark.parametrize("d", [64, 80])
+@pytest.mark.parametrize("window", [0, 14])
+def test_sizes_of_sam_on_a_gpu(on_a_gpu, window, d, dtype):
+    arguments = on("cuda", inputs((2, 64, 64, 2, d, window), dtype))
     wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
     expected = relative_attention(*wide, backend="reference").to(dtype)
     assert_matches(relative_attention(*arguments, backend="triton"), expected, tolerance(dtype))

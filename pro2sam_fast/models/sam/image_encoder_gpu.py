@@ -2,8 +2,8 @@
 
 Products run in the dtype of autocast or of the parameters, their weights cast once. The residual stream, the sums into
 it, the norms and the softmax are float32, so that float16 doesn't overflow where activations grow. Windows are read and
-written in place: only real tokens are projected, and the key and value of a pad token, which is zero after the norm, are
-the bias.
+written in place: only real tokens are projected, and the key and value of a pad token, which is zero after the norm,
+are the bias.
 """
 
 from __future__ import annotations
