@@ -7,6 +7,8 @@ is rounded once: x and total are float32, delta and normed in the products' dtyp
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,10 +83,17 @@ def _add_layer_norm_triton(x, delta, weight, bias, eps):
     return outputs
 
 
+def _example(dtype: torch.dtype, device: torch.device) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    x, delta, (weight, bias) = (torch.randn(shape, generator=generator) for shape in ((3, 80), (3, 80), (2, 80)))
+    return x.to(device), delta.to(device, dtype), weight.to(device), bias.to(device), 1e-6
+
+
 register(
     "add_layer_norm(Tensor x, Tensor delta, Tensor weight, Tensor bias, float eps, *, "
     'str backend="auto") -> (Tensor total, Tensor normed)',
     _check_add_layer_norm,
     {"reference": _add_layer_norm, "triton": _add_layer_norm_triton},
     _empty_add_layer_norm,
+    {torch.float32: functools.partial(_example, torch.float32)},
 )

@@ -12,11 +12,13 @@ a key and a value like any other and take part in the softmax.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backends import check_call, register, triton_kernels, unavailable
+from ._backends import check_call, register, triton_kernels
 
 __all__ = ["relative_attention"]
 
@@ -91,8 +93,8 @@ def relative_attention(
         table_w: (2*s_w - 1, d), likewise.
         pad_k, pad_v: (H, d), key and value of a pad token, used where the window's side doesn't divide the grid's.
         window: side of the square windows, the first at the upper left corner; 0 for global attention.
-        backend: as for `mask_match`. On a GPU where "auto" finds no Triton, or a head is too wide for the kernel (96
-            channels; 64 in float32 before sm_90), the terms become further channels of torch's fused attention.
+        backend: as for `mask_match`. On a GPU where Triton can't run, or a head is too wide for its kernel (96
+            channels; 64 in float32 before sm_90), "auto" makes the terms further channels of torch's fused attention.
 
     Returns:
         (B, h, w, H, d), contiguous, in the dtype of q.
@@ -105,9 +107,10 @@ def relative_attention(
     tensors = {"q": q, "k": k, "v": v, "table_h": table_h, "table_w": table_w, "pad_k": pad_k, "pad_v": pad_v}
     check_call("relative_attention", backend, **tensors)
     arguments = (*tensors.values(), window)
-    if backend == "auto" and q.device.type == "cuda" and unavailable("triton", "cuda"):
+    if backend == "auto" and q.device.type == "cuda" and not torch.compiler.is_compiling():
         _check_relative_attention(*arguments)
-        return _relative_attention_fused(*arguments)
+        if _registration.pick("auto", q.device) == "reference":
+            return _relative_attention_fused(*arguments)
     return torch.ops.pro2sam_fast.relative_attention(*arguments, backend=backend)
 
 
@@ -177,10 +180,24 @@ def _relative_attention_fused(q, k, v, table_h, table_w, pad_k, pad_v, window):
     return _grid(out, size).contiguous()
 
 
-register(
+def _example(dtype: torch.dtype, device: torch.device) -> tuple:
+    """Windows of 4 x 4 over 5 x 6 tokens, heads of two widths of channels."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 5, 6, 3, 2, 80), (7, 80), (7, 80), (2, 80), (2, 80)
+    qkv, *others = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    table_h, table_w, pad_k, pad_v = others
+    return *qkv.unbind(3), table_h * 0.1, table_w * 0.1, pad_k, pad_v, 4
+
+
+_registration = register(
     "relative_attention(Tensor q, Tensor k, Tensor v, Tensor table_h, Tensor table_w, Tensor pad_k, Tensor pad_v, "
     'int window, *, str backend="auto") -> Tensor',
     _check_relative_attention,
     {"reference": _relative_attention, "triton": _relative_attention_triton},
     _empty_relative_attention,
+    {
+        "TF32 products": functools.partial(_example, torch.float32),
+        "bfloat16 products": functools.partial(_example, torch.bfloat16),
+        "float16 products": functools.partial(_example, torch.float16),
+    },
 )

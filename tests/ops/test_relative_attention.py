@@ -61,7 +61,7 @@ def on(device, arguments):
 
 
 def tolerance(dtype):
-    return dtype if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} products"
+    return f"{'TF32' if dtype == torch.float32 else str(dtype).removeprefix('torch.')} products"
 
 
 def materialised(q, k, v, table_h, table_w, pad_k, pad_v, window):
