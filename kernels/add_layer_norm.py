@@ -47,11 +47,9 @@ def add_layer_norm(
 
 def _ahead_of_time():
     for dtype in ("fp16", "bf16", "fp32"):
-        for channels in (768, 1280):
-            pointers = dict.fromkeys(("x", "weight", "bias", "total"), "*fp32")
-            pointers |= dict.fromkeys(("delta", "normed"), f"*{dtype}")
-            types = {name: pointers.get(name, "fp32") for name in add_layer_norm_kernel.arg_names[:7]}
-            yield add_layer_norm_kernel, types, {"D": channels, "BLOCK": triton.next_power_of_2(channels)}
+        types = dict.fromkeys(add_layer_norm_kernel.arg_names[:6], "*fp32")
+        types |= {"delta": f"*{dtype}", "normed": f"*{dtype}", "eps": "fp32"}
+        yield add_layer_norm_kernel, types, {"D": 1280, "BLOCK": 2048}
 
 
 AHEAD_OF_TIME = tuple(_ahead_of_time())
