@@ -84,6 +84,16 @@ PROOF = {
         f"{op}-op": [f"test_{name}[{backend}]" for name in ON_DEVICE for backend in ("cuda", "triton")]
         for op in ("mask-measure", "nms", "compact")
     },
+    "relative-attention-op": [
+        f"test_sizes_of_sam_on_a_gpu[{window}-{d}-torch.{dtype}]"
+        for window in (0, 14)
+        for d in (64, 80)
+        for dtype in ("float32", "bfloat16", "float16")
+    ],
+    "image-encoder": [
+        "test_graphs_follow_the_current_stream_and_the_weights",
+        *(f"test_vit_b_at_1024_on_a_gpu[torch.{dtype}]" for dtype in ("float32", "bfloat16", "float16")),
+    ],
 }
 OP_ITEMS = {
     "mask_match": ("mask-match", "native-context", "devices"),
@@ -320,7 +330,7 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
         yield _sanitized(tests(f"{tool} ops", "tests/ops", "-m", "not slow", "-k", SMALL, settles=(tool,)), tool)
     benches = _benchmarks(arguments, out)
     yield from _sent(benches, ("op",))
-    on_device = ("match", "gallery", "sharding", "decode-ahead")
+    on_device = ("match", "gallery", "sharding", "decode-ahead", "image-encoder")
     yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=on_device)
     yield from _sent(benches, KINDS[1:])
 

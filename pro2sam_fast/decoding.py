@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from .memory import in_chunks, joined
 from .models.sam import DecodedTokens, GridDecoder, Sam
 from .models.sam.grid_decoder import DecodedGrid, ImageBases
 from .ops.decode_sweeps import fast_operands
-from .predictor import encode_image
+from .predictor import encode_images, photos_per_pass
 from .transforms import ResizeLongestSide
 
 __all__ = ["PointDecoder"]
@@ -158,11 +159,16 @@ class PointDecoder:
     def _autocast(self, reduced: bool = True) -> torch.autocast:
         return torch.autocast(self.sam.device.type, self.dtype, enabled=reduced and self.dtype != torch.float32)
 
-    def encode(self, image: np.ndarray, transform: ResizeLongestSide) -> tuple[Tensor, tuple[int, int]]:
-        """See :func:`pro2sam_fast.predictor.encode_image`; float32."""
-        with self._autocast(getattr(self.sam.image_encoder, "reduced_precision", True)):
-            embedding, input_size = encode_image(self.sam, image, transform)
-        return embedding.float(), input_size
+    def encode(
+        self, images: Iterable[np.ndarray], transform: ResizeLongestSide
+    ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """The embedding, float32 (1, D, e, e), and input size of each photo, see
+        :func:`pro2sam_fast.predictor.encode_images`; a pass at a time, as they are asked for."""
+        images = iter(images)
+        while photos := list(itertools.islice(images, photos_per_pass(self.sam.device))):
+            with self._autocast(getattr(self.sam.image_encoder, "reduced_precision", True)):
+                embeddings, input_sizes = encode_images(self.sam, photos, transform)
+            yield from zip(embeddings.float().split(1), input_sizes, strict=True)
 
     def _decode(self, embedding: Tensor, image_pe: Tensor, coords: Tensor) -> DecodedTokens:
         sparse, dense = self._sparse(coords)

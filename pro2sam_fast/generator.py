@@ -205,7 +205,10 @@ class MaskGenerator:
         images = [images] if isinstance(images, np.ndarray) and images.ndim != 4 else list(images)
         for i, image in enumerate(images):
             check_rgb(image, f"images[{i}]")
-        return [self._generate(image) for image in images]
+        crops = [crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio) for image in images]
+        views = (image[y0:y1, x0:x1] for image, boxes in zip(images, crops) for x0, y0, x1, y1, _ in boxes)
+        encoded = self._decoder.encode(views, self.transform)
+        return [self._generate(image.shape[:2], boxes, encoded) for image, boxes in zip(images, crops)]
 
     @torch.no_grad()
     def generate_from_embeddings(
@@ -240,11 +243,15 @@ class MaskGenerator:
             galleries.append(self._finish([self._crop_gallery(embedding.unsqueeze(0), frame, layer=0)]))
         return galleries
 
-    def _generate(self, image: np.ndarray) -> MaskGallery:
-        image_size = image.shape[:2]
+    def _generate(
+        self,
+        image_size: tuple[int, int],
+        boxes: list[tuple[int, int, int, int, int]],
+        encoded: Iterator[tuple[Tensor, tuple[int, int]]],
+    ) -> MaskGallery:
+        """Takes as many embeddings as there are crops."""
         crops = []
-        for x0, y0, x1, y1, layer in crop_boxes(image_size, self.crop_n_layers, self.crop_overlap_ratio):
-            embedding, input_size = self._decoder.encode(image[y0:y1, x0:x1], self.transform)
+        for (x0, y0, x1, y1, layer), (embedding, input_size) in zip(boxes, encoded):
             frame = Frame(self.transform.target_length, input_size, (x0, y0, x1, y1), image_size)
             crops.append(self._crop_gallery(embedding, frame, layer))
         return self._finish(crops)

@@ -22,8 +22,11 @@ import os
 import stat
 import sys
 import threading
+import time
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -32,7 +35,16 @@ from PIL import Image, ImageCms
 
 from .errors import ImageReadError
 
-__all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "Source", "atomic_file", "iter_sources", "read_image", "write_atomic"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "Source",
+    "atomic_file",
+    "iter_sources",
+    "read_image",
+    "read_sources",
+    "write_atomic",
+]
 
 MAX_PIXELS = 89_478_485
 """Default limit on width x height of a file, Pillow's own (1 GiB at 4 bytes x 3 bands). `None` lifts it."""
@@ -143,6 +155,39 @@ def iter_sources(source) -> Iterator[Source]:
         for found in expanded:
             position += 1
             yield found
+
+
+def read_sources(
+    sources: Iterable[Source], max_pixels: int | None = MAX_PIXELS, ahead: int = 0, readers: int = 4
+) -> Iterator[tuple[Source, np.ndarray | ImageReadError, float]]:
+    """Reads photos in order: each source with its photo, or why it can't be read, and the milliseconds that took.
+
+    ahead: photos read in the background, `readers` at a time, while the caller works on those before; 0 reads a photo
+        when it is asked for.
+    """
+
+    def read(source: Source) -> tuple[Source, np.ndarray | ImageReadError, float]:
+        start = time.perf_counter()
+        try:
+            image = source.read(max_pixels)
+        except ImageReadError as error:
+            image = error
+        return source, image, 1e3 * (time.perf_counter() - start)
+
+    if ahead == 0:
+        yield from map(read, sources)
+        return
+    waiting: deque[Future] = deque()
+    pool = ThreadPoolExecutor(min(readers, ahead), thread_name_prefix="pro2sam-read")
+    try:
+        for source in sources:
+            waiting.append(pool.submit(read, source))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _top_level(source) -> Iterable:

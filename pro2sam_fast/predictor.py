@@ -9,31 +9,63 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, Pro2SamError
+from .memory import in_chunks, joined
 from .models.sam import PromptDecoder, Sam
 from .ops import mask_pack, unpack_masks
 from .postprocess import upsample_logits
 from .transforms import ResizeLongestSide, check_rgb
 
-__all__ = ["ImageNotSetError", "SamPredictor", "encode_image"]
+__all__ = ["ImageNotSetError", "SamPredictor", "encode_image", "encode_images", "photos_per_pass"]
 
 
 class ImageNotSetError(Pro2SamError, RuntimeError):
     """A prediction was asked for before an image was set."""
 
 
-@torch.no_grad()
+def photos_per_pass(device: torch.device) -> int:
+    """How many photos the image encoder takes at a time: on a CPU one, so that none depends on its neighbours (matrix
+    products of another size round differently) and all its memory is for one; elsewhere enough to fill the device."""
+    return 1 if device.type == "cpu" else 8
+
+
 def encode_image(sam: Sam, image: np.ndarray, transform: ResizeLongestSide) -> tuple[Tensor, tuple[int, int]]:
     """RGB uint8 (H, W, 3) -> embedding (1, D, e, e) and the (h, w) of the resized photo in the input frame."""
-    resized = torch.from_numpy(transform.apply_image(image)).to(sam.device)
-    x = sam.preprocess(resized.permute(2, 0, 1).unsqueeze(0))
-    return sam.image_encoder(x), tuple(resized.shape[:2])
+    embeddings, (size,) = encode_images(sam, [image], transform)
+    return embeddings, size
+
+
+@torch.no_grad()
+def encode_images(
+    sam: Sam, images: Sequence[np.ndarray], transform: ResizeLongestSide
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """One or more photos RGB uint8 (H, W, 3) of any sizes -> embeddings (B, D, e, e) and the (h, w) of each in the
+    input frame, `photos_per_pass` at a time.
+
+    Photos are resized on the host, in integers; a GPU gets their bytes from pinned memory and normalises and pads them.
+    """
+    resized = [transform.apply_image(image) for image in images]
+
+    def encode(start: int, stop: int) -> Tensor:
+        pixels = [_on_device(image, sam.device).permute(2, 0, 1) for image in resized[start:stop]]
+        return sam.image_encoder(joined([sam.preprocess(x).unsqueeze(0) for x in pixels]))
+
+    embeddings = joined(in_chunks(encode, len(resized), photos_per_pass(sam.device)))
+    return embeddings, [tuple(image.shape[:2]) for image in resized]
+
+
+def _on_device(image: np.ndarray, device: torch.device) -> Tensor:
+    pixels = torch.from_numpy(image)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True)
 
 
 class SamPredictor:
     """Masks for point, box and mask prompts on one photo or a list of photos.
 
     Signatures and returns are those of `segment_anything.SamPredictor`; :meth:`set_images` and the argument
-    ``image_index`` are added. Photos are encoded one by one, so that an embedding does not depend on its neighbours.
+    ``image_index`` are added. On a CPU photos are encoded one by one, so that an embedding does not depend on its
+    neighbours; a GPU takes several at a time, whose products may round as those of another number do.
 
     Args:
         sam_model: put in evaluation mode.
@@ -92,10 +124,9 @@ class SamPredictor:
         if image_format != self.model.image_format:
             images = [image[..., ::-1] for image in images]
         self.reset_image()
-        encoded = [encode_image(self.model, image, self.transform) for image in images]
+        features, self.input_sizes = encode_images(self.model, images, self.transform)
         self.original_sizes = [tuple(image.shape[:2]) for image in images]
-        self.input_sizes = [size for _, size in encoded]
-        self.features = torch.cat([embedding for embedding, _ in encoded])
+        self.features = features
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, int]) -> None:
@@ -111,7 +142,7 @@ class SamPredictor:
             raise ConfigError(f"transformed_image must have shape (B, 3, h, w) with long side {size}, got {shape}.")
         self.reset_image()
         x = self.model.preprocess(transformed_image)
-        features = torch.cat([self.model.image_encoder(image.unsqueeze(0)) for image in x])
+        features = torch.cat([self.model.image_encoder(part) for part in x.split(photos_per_pass(x.device))])
         self.original_sizes = [tuple(original_image_size)] * shape[0]
         self.input_sizes = [shape[2:]] * shape[0]
         self.features = features

@@ -43,9 +43,12 @@ TOLERANCES = {
     torch.float32: Tolerance(rtol=1e-5, atol=1e-6),
     torch.bfloat16: Tolerance(rtol=1.6e-2, atol=1e-3),
     torch.float16: Tolerance(rtol=2e-3, atol=1e-4),
-    # Against float64, where factors of long sums are rounded to bfloat16 on the way: the error goes with the summands,
-    # not with the sum.
+    # Against wider ones, where factors of long sums are rounded to this dtype on the way: the error goes with the
+    # summands, not with the sum.
     "bfloat16 products": Tolerance(rtol=1.6e-2, atol=8e-3),
+    "float16 products": Tolerance(rtol=2e-3, atol=1e-3),
+    # float32 factors as sums of two TF32 numbers, three products of four: 21 bits instead of 24.
+    "TF32 products": Tolerance(rtol=1e-5, atol=5e-6),
     # Long chains of products whose sums cancel, so an error is relative to the terms and not to the result. With
     # operands of 16 bits the probabilities are rounded too, which the reference doesn't do.
     "decode float32": Tolerance(rtol=1e-4, atol=2e-5),

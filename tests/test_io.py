@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from pro2sam_fast.errors import ImageReadError, Pro2SamError
-from pro2sam_fast.io import IMAGE_EXTENSIONS, MAX_PIXELS, iter_sources, read_image
+from pro2sam_fast.io import IMAGE_EXTENSIONS, MAX_PIXELS, Source, iter_sources, read_image, read_sources
 
 torch = pytest.importorskip("torch")
 
@@ -504,3 +504,42 @@ def test_the_bad_one_of_several_images_is_named():
     for source in sources[1:]:
         with pytest.raises(ImageReadError, match=f"^{source.name}: cannot"):
             source.read()
+
+
+class _Counted:
+    """Sources of small photos that count how many were taken; the third can't be read."""
+
+    def __init__(self, count):
+        self.count, self.taken = count, 0
+
+    def __iter__(self):
+        for i in range(self.count):
+            self.taken += 1
+            item = "missing.png" if i == 2 else np.full((1, 1, 3), i, np.uint8)
+            yield from iter_sources([item])
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 20])
+def test_reading_ahead_keeps_the_order_and_the_bound(ahead):
+    sources = _Counted(8)
+    for i, (source, image, milliseconds) in enumerate(read_sources(sources, ahead=ahead)):
+        assert milliseconds >= 0
+        if i == 2:
+            assert isinstance(image, ImageReadError) and source.path == "missing.png"
+        else:
+            assert image[0, 0, 0] == i
+        assert sources.taken == min(8, i + 1 + ahead)
+
+
+def test_several_photos_are_read_at_a_time(monkeypatch):
+    together = threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(Source, "read", lambda source, limit: together.wait())
+    assert len(list(read_sources(_Counted(2), ahead=2))) == 2  # both readers met
+
+
+def test_reading_stops_with_the_caller():
+    sources = _Counted(8)
+    reading = read_sources(sources, ahead=2)
+    next(reading)
+    reading.close()
+    assert sources.taken == 3

@@ -26,7 +26,11 @@ from .shared import in_dtype, original, photo, sam, with_full_precision
 
 __all__ = ["cases"]
 
-SAM_TESTS = ("tests/models/test_sam.py::test_image_embedding", "tests/models/test_image_encoder_cpu.py")
+SAM_TESTS = (
+    "tests/models/test_sam.py::test_image_embedding",
+    "tests/models/test_image_encoder_cpu.py",
+    "tests/models/test_image_encoder_gpu.py",
+)
 GENERATOR_TESTS = ("tests/test_generator.py", "tests/ops/test_mask_measure.py", "tests/ops/test_nms.py")
 MATCHING_TESTS = ("tests/pipelines/test_matching.py", "tests/test_boxes.py")
 HEIGHT, WIDTH = 480, 640
@@ -36,15 +40,15 @@ DEFAULT_ENCODERS = {"cpu": ("vit_b", "lite"), "cuda": tuple(ENCODERS)}
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for name in ENCODERS:
+    for name, batch in [(name, 1) for name in ENCODERS] + [(name, 8) for name in ENCODERS if name != "lite"]:
         yield Case(
             "encoder",
-            name,
+            name if batch == 1 else f"{name} batch {batch}",
             options.dtype,
             SAM_TESTS,
-            functools.partial(_encoder, options, name),
-            functools.partial(_encoder_floor, options.dtype, name),
-            name in DEFAULT_ENCODERS[options.device.type],
+            functools.partial(_encoder, options, name, batch),
+            functools.partial(_encoder_floor, options.dtype, name, batch),
+            name in DEFAULT_ENCODERS[options.device.type] and (batch == 1 or options.device.type == "cuda"),
         )
     points, frame = 256, frame_of(HEIGHT, WIDTH, 512)  # what lite has
     for what, name, dtype, tests, build, floor in (
@@ -63,17 +67,17 @@ def cases(options: Options) -> Iterator[Case]:
         yield Case(what, f"lite {HEIGHT}x{WIDTH} {name}", dtype, tests, functools.partial(build, options), floor)
 
 
-def _encoder_floor(dtype: str, name: str, facts) -> Floor:
+def _encoder_floor(dtype: str, name: str, batch: int, facts) -> Floor:
     tflop, parameters = ENCODERS[name]
-    flops = facts["flops"] if tflop is None else tflop * 1e12
+    flops = facts["flops"] if tflop is None else batch * tflop * 1e12
     source = "counted by torch.utils.flop_counter" if tflop is None else "products with 25 windows of 14 x 14"
     return Floor({dtype: flops}, 4e6 * parameters, f"{flops / 1e12:.3f} TFLOP, {source}; weights read")
 
 
-def _encoder(options: Options, name: str) -> Runs:
+def _encoder(options: Options, name: str, batch: int) -> Runs:
     ours = sam(name, options.device).image_encoder
     size = ours.img_size
-    x = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0)).to(options.device)
+    x = torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(0)).to(options.device)
 
     def call(encoder, wanted: Options = options):
         def run():
@@ -94,7 +98,7 @@ def _encoder(options: Options, name: str) -> Runs:
         ),
         "transformers": attempt(lambda: call(transformers_sam.image_encoder(ours).to(options.device))),
     }
-    return Runs({"auto": call(ours)}, peers, units=("photos", 1))
+    return Runs({"auto": call(ours)}, peers, units=("photos", batch))
 
 
 class _Photo(NamedTuple):

@@ -19,7 +19,7 @@ from ..boxes import tight_box
 from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
 from ..gallery import MaskGallery
 from ..generator import MaskGenerator
-from ..io import MAX_PIXELS, Source, iter_sources
+from ..io import MAX_PIXELS, Source, iter_sources, read_sources
 from ..memory import is_out_of_memory
 from ..models.lite import map_and_label
 from ..results import Localization
@@ -243,20 +243,19 @@ class Localizer:
         self, sources: Iterator[Source], batch_size: int | str, on_error: str, stream: bool
     ) -> Iterator[Localization]:
         batch = _Batch(batch_size, self.device.type)
-        for source in sources:
-            start = time.perf_counter()
-            try:
-                image = source.read(self.max_pixels)
-            except ImageReadError as error:
+        # a GPU leaves the processor time to read the next batch
+        ahead = batch.size if self.device.type == "cuda" else 0
+        for source, image, read_ms in read_sources(sources, self.max_pixels, ahead):
+            if isinstance(image, ImageReadError):
                 if on_error == "raise":
                     if stream:
                         yield from self._run(batch, on_error, stream)
-                    raise
-                batch.add(source, None, _failed(source, error), 0.0)
+                    raise image
+                batch.add(source, None, _failed(source, image), 0.0)
                 continue
             if not batch.has_room_for(image):
                 yield from self._run(batch, on_error, stream)
-            batch.add(source, image, None, 1e3 * (time.perf_counter() - start))
+            batch.add(source, image, None, read_ms)
             if batch.full:
                 yield from self._run(batch, on_error, stream)
         yield from self._run(batch, on_error, stream)

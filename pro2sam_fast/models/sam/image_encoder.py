@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cpu import compute_dtype
+from . import image_encoder_gpu
 from .image_encoder_cpu import run_block
 from .layers import LayerNorm2d, MLPBlock, resized_table
 
@@ -139,6 +140,9 @@ class PatchEmbed(nn.Module):
 class ImageEncoderViT(nn.Module):
     """``forward(x (B, 3, S, S) normalised and zero padded) -> (B, out_chans, S/p, S/p)``."""
 
+    # On a GPU, without gradient: from the second batch of a shape on its launches are replayed as a CUDA graph.
+    cuda_graphs = True
+
     def __init__(
         self,
         img_size: int = 1024,
@@ -187,6 +191,9 @@ class ImageEncoderViT(nn.Module):
         if dtype is not None:
             # one by one: products of another size round differently
             return torch.cat([self._on_cpu(image, dtype) for image in x.split(1)])
+        dtype = image_encoder_gpu.compute_dtype(x, self.pos_embed)
+        if dtype is not None:
+            return image_encoder_gpu.encode(self, x, dtype)
         x = self.patch_embed(x) + self.pos_embed
         for block in self.blocks:
             x = block(x)
