@@ -71,7 +71,7 @@ def test_bfloat16_leaves_the_encoder_alone(lite):
     sam, _, options = lite
     image = photo("coffee")
     full, mixed = (MaskGenerator(sam, **options, dtype=dtype) for dtype in ("float32", "bfloat16"))
-    expected, found = (x._decoder.encode(image, x.transform)[0] for x in (full, mixed))
+    expected, found = (next(x._decoder.encode([image], x.transform))[0] for x in (full, mixed))
     assert expected.equal(found)
     expected, found = full.generate(image)[0], mixed.generate(image)[0]
     assert len(found) == len(expected) > 0
