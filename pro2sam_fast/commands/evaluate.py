@@ -19,7 +19,8 @@ _DESCRIPTION = """Measure localization accuracy on photos with annotated boxes, 
 Coarse maps are scored alone and, with --masks, matched with SAM's masks. DIR gets report.md (every protocol spelled
 out, the oracle threshold beside fixed ones), summary.json, photos_*.csv with a row a photo from which all numbers can
 be computed again, plots, and a contact sheet of the best and worst photos. Mask galleries are kept in --galleries, so
-that a second study of the same photos takes seconds.
+that a second study of the same photos takes seconds. Photos with masks instead of boxes (OpenImages) get PxAP. Under
+torchrun all GPUs share the photos.
 
 examples:
   pro2sam-fast evaluate --data cub --root CUB_200_2011 --coarse runs/cub --output eval
@@ -40,7 +41,9 @@ def parser() -> ArgumentParser:
     parser.add_argument("--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol or folder")
     parser.add_argument("--root", type=str, metavar="DIR", help="folder of the data set")
     parser.add_argument("--output", type=str, metavar="DIR", help="folder of the results")
-    parser.add_argument("--boxes", type=str, metavar="PATH", help="annotations: CSV, COCO file or XML folder")
+    parser.add_argument(
+        "--boxes", type=str, metavar="PATH", help="annotations: CSV, COCO file, XML folder; folder of the masks (wsol)"
+    )
     parser.add_argument("--metadata", type=str, metavar="DIR", help="metadata folder of wsolevaluation (wsol)")
     parser.add_argument("--device", type=str, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="photos a pass")
@@ -58,7 +61,15 @@ def parser() -> ArgumentParser:
     group.add_argument(
         "--threshold", type=number, metavar="T", help="chosen on other photos; default: the best on these, an oracle"
     )
-    group.add_argument("--ten-crop", action=yes_no(), default=False, help="classify with ten crops")
+    group.add_argument(
+        "--fixed", type=str, default="0.3,0.4", metavar="LIST", help="thresholds to report beside it (0.3,0.4)"
+    )
+    group.add_argument("--val-root", type=str, metavar="DIR", help="photos to choose the threshold on (folder, wsol)")
+    group.add_argument("--val-boxes", type=str, metavar="PATH", help="their boxes (folder)")
+    group.add_argument("--val-metadata", type=str, metavar="DIR", help="their metadata folder (wsol)")
+    group.add_argument(
+        "--ten-crop", action=yes_no(), default=None, help="classify with ten crops; default: for cub, as published"
+    )
     group.add_argument(
         "--logits", type=str, metavar="FILE", help="class scores of another model: .npz with ids, logits"
     )
@@ -82,35 +93,55 @@ def run(arguments: Namespace) -> int:
         if arguments[name] is None:
             raise ConfigError(f"--{name} is missing")
     from ..data.localization import open_dataset
+    from ..eval.ranks import ranks, under_torchrun
     from ..eval.study import Study, external_scores
+    from ..pipelines.pro2sam import resolve_device
 
     data = open_dataset(arguments.data, arguments.root, False, boxes=arguments.boxes, metadata=arguments.metadata)
+    val = None
+    if arguments.val_root is not None or arguments.val_metadata is not None:
+        if arguments.data not in ("folder", "wsol"):
+            raise ConfigError(
+                f"{arguments.data} has no other photos with boxes; take its wsol metadata, or --threshold"
+            )
+        val = open_dataset(
+            arguments.data,
+            arguments.val_root or arguments.root,
+            False,
+            boxes=arguments.val_boxes,
+            metadata=arguments.val_metadata,
+            class_names=data.class_names,
+        )
     ablations = names(arguments.ablation) if arguments.ablation else []
     if unknown := [name for name in ablations if name not in _ABLATIONS]:
         raise ConfigError(f"unknown ablation {unknown[0]!r}, choose from {', '.join(_ABLATIONS)}")
-    if ablations and not arguments.masks:
+    if set(ablations) - {"tokens"} and not arguments.masks:
         raise ConfigError("--ablation needs --masks")
-    study = Study(
-        data,
-        arguments.output,
-        protocols=names(arguments.protocol),
-        threshold=arguments.threshold,
-        batch_size=arguments.batch_size,
-        ten_crop=arguments.ten_crop,
-        device=arguments.device,
-        scores=external_scores(data, arguments.logits, arguments.classifier, arguments.device),
-    )
-    for coarse in names(arguments.coarse):
-        study.add_maps(coarse)
-    if arguments.masks:
-        sam_input = arguments.sam_input if arguments.sam_input == "native" else whole(arguments.sam_input)
-        study.add_masks(
-            arguments.sam,
-            arguments.sam_checkpoint,
-            chosen(arguments, GENERATOR_OPTIONS),
-            sam_input=sam_input,
-            galleries=arguments.galleries,
+    with under_torchrun(resolve_device(arguments.device)) as device:
+        study = Study(
+            data,
+            arguments.output,
+            protocols=names(arguments.protocol),
+            threshold=arguments.threshold,
+            val=val,
+            fixed=[number(t) for t in names(arguments.fixed)],
             ablations=ablations,
+            batch_size=arguments.batch_size,
+            ten_crop=arguments.data == "cub" if arguments.ten_crop is None else arguments.ten_crop,
+            device=device,
+            scores=external_scores(data, arguments.logits, arguments.classifier, device),
         )
-    tell(str(study.write()), sys.stdout)
+        for coarse in names(arguments.coarse):
+            study.add_maps(coarse)
+        if arguments.masks:
+            sam_input = arguments.sam_input if arguments.sam_input == "native" else whole(arguments.sam_input)
+            study.add_masks(
+                arguments.sam,
+                arguments.sam_checkpoint,
+                chosen(arguments, GENERATOR_OPTIONS),
+                sam_input=sam_input,
+                galleries=arguments.galleries,
+            )
+        if ranks()[0] == 0:
+            tell(str(study.write()), sys.stdout)
     return OK

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
+from .tables import convert, require_files, rows
+
+_HINT = "Point to the CUB_200_2011 folder."
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,8 @@ class CubPhoto:
     train: bool
 
 
-def _rows(path: Path, columns: int) -> list[list[str]]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as e:
-        raise DataError(f"{path}: can't be read ({e.strerror}). Point to the CUB_200_2011 folder.") from e
-    rows = []
-    for number, line in enumerate(lines, 1):
-        parts = line.split()
-        if len(parts) != columns:
-            raise DataError(f"{path}, line {number}: expected {columns} columns, found {len(parts)}: {line!r}.")
-        rows.append(parts)
-    return rows
+def _table(path: Path, columns: int, kind: type) -> dict[str, list]:
+    return {key: convert(path, n, values, kind) for n, (key, *values) in rows(path, columns, hint=_HINT)}
 
 
 def load_cub(root: str | Path) -> tuple[list[CubPhoto], list[str]]:
@@ -40,25 +33,16 @@ def load_cub(root: str | Path) -> tuple[list[CubPhoto], list[str]]:
         DataError: a missing or malformed file (with its line), an id without label, split or box, or a missing photo.
     """
     root = Path(root)
-    tables = {}
-    for name, columns in (("image_class_labels", 2), ("train_test_split", 2), ("bounding_boxes", 5)):
-        path = root / f"{name}.txt"
-        try:
-            tables[name] = {row[0]: [float(v) for v in row[1:]] for row in _rows(path, columns)}
-        except ValueError as e:
-            raise DataError(f"{path}: {e}.") from e
-    names = [row[1] for row in sorted(_rows(root / "classes.txt", 2), key=lambda row: int(row[0]))]
-    photos, missing = [], []
-    for number, (key, relative) in enumerate(_rows(root / "images.txt", 2), 1):
+    shapes = (("image_class_labels", 2, int), ("train_test_split", 2, int), ("bounding_boxes", 5, float))
+    tables = {name: _table(root / f"{name}.txt", columns, kind) for name, columns, kind in shapes}
+    path = root / "classes.txt"
+    classes = {convert(path, n, [key], int)[0]: name for n, (key, name) in rows(path, 2, hint=_HINT)}
+    photos = []
+    for number, (key, relative) in rows(root / "images.txt", 2, hint=_HINT):
         for name, table in tables.items():
             if key not in table:
                 raise DataError(f"{root / 'images.txt'}, line {number}: image {key} is not in {name}.txt.")
-        x, y, w, h = tables["bounding_boxes"][key]
-        label, train = int(tables["image_class_labels"][key][0]) - 1, tables["train_test_split"][key][0] == 1
-        path = root / "images" / relative
-        if not path.exists():
-            missing.append(relative)
-        photos.append(CubPhoto(key, path, label, (x, y, x + w, y + h), train))
-    if missing:
-        raise DataError(f"{root / 'images'}: {len(missing)} photos are missing, the first is {missing[0]}.")
-    return photos, names
+        (label,), (train,), (x, y, w, h) = (table[key] for table in tables.values())
+        photos.append(CubPhoto(key, root / "images" / relative, label - 1, (x, y, x + w, y + h), train == 1))
+    require_files(root / "images", [photo.path for photo in photos])
+    return photos, [name for _, name in sorted(classes.items())]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,12 @@ class LocalizationDataset:
         transform: function of the RGB photo as a Pillow image, EXIF orientation ignored; None leaves it.
         images_per_class: keep so many random photos of each class (the few-shot setting), None for all.
         seed: of that choice.
+
+    Attributes:
+        single_precision: the published evaluators hold its boxes and sizes in float32.
     """
+
+    single_precision = False
 
     def __init__(
         self,
@@ -130,13 +135,34 @@ def _split(name: str, choices: Sequence[str]) -> str:
 
 class CUB200(LocalizationDataset):
     """CUB-200-2011. ``root`` holds images.txt, image_class_labels.txt, train_test_split.txt, bounding_boxes.txt,
-    classes.txt and images/; ``split`` is train or test. Boxes have x1 = x + w, as every evaluator takes them."""
+    classes.txt and images/; ``split`` is train or test. Boxes have x1 = x + w, as every evaluator takes them.
+
+    The layout of SAT's and Pro2SAM's code will do, too: class folders in train/ and test/, lines ``<path>;<label>`` in
+    test_list.txt, and ``<x0> <y0> <x1> <y1> <H> <W>`` for each of them in test_gt.txt.
+    """
 
     def __init__(self, root: str | Path, split: str = "train", **options: Any) -> None:
         wanted = _split(split, ("train", "test")) == "train"
+        if (Path(root) / "test_list.txt").exists() and not (Path(root) / "images.txt").exists():
+            super().__init__(*_listed_cub(Path(root), wanted), **options)
+            return
         photos, names = load_cub(root)
         chosen = [LabelledPhoto(p.id, p.path, p.label, (p.box,)) for p in photos if p.train == wanted]
         super().__init__(chosen, names, **options)
+
+
+def _listed_cub(root: Path, train: bool) -> tuple[list[LabelledPhoto], list[str]]:
+    names = [p.name for p in _folders(root / "train")]
+    if train:
+        return _class_folders(root / "train", names), names
+    listed, boxes = root / "test_list.txt", root / "test_gt.txt"
+    paths = [(path, convert(listed, n, [label], int)[0]) for n, (path, label) in rows(listed, 2, ";")]
+    corners = [tuple(convert(boxes, n, fields[:4], float)) for n, fields in rows(boxes, 6)]
+    if len(paths) != len(corners):
+        raise DataError(f"{boxes}: holds {len(corners)} boxes, {listed.name} {len(paths)} photos.")
+    photos = [LabelledPhoto(p, root / "test" / p, label, (box,)) for (p, label), box in zip(paths, corners)]
+    require_files(root / "test", [photo.path for photo in photos])
+    return photos, names
 
 
 class ILSVRC(LocalizationDataset):
@@ -148,10 +174,14 @@ class ILSVRC(LocalizationDataset):
     Args:
         root: see above; the folder may cover fewer classes.
         split: "train" or "val".
-        boxes: annotations of val: a folder with one XML a photo, or a CSV with the header ImageId,PredictionString and
-            groups of ``wnid xmin ymin xmax ymax``. They also give the labels of val photos.
+        boxes: annotations of val: a folder with one XML a photo; a CSV with the header ImageId,PredictionString and
+            groups of ``wnid xmin ymin xmax ymax``; or a ``.txt`` whose lines are those of SAT's val_gt.txt,
+            ``<wnid>\\\\<file> <W> <H> ; x0 y0 x1 y1 ...``, or TS-CAM's, ``<wnid>/<file> <label> x0 y0 x1 y1 ...``. They
+            also give the labels of val photos.
         val_list: lines ``<wnid>/<file>;<label>``, instead of the labels from ``boxes``.
     """
+
+    single_precision = True
 
     def __init__(
         self,
@@ -219,6 +249,8 @@ def _ilsvrc_boxes(path: Path) -> dict[str, tuple[str, tuple]]:
     # photo -> its class and boxes; in ILSVRC all boxes of a photo share the class
     if path.is_dir():
         return {p.stem: _voc_xml(p) for p in sorted(path.rglob("*.xml"))}
+    if path.suffix.lower() == ".txt":
+        return {stem: (wnid, boxes) for stem, wnid, boxes in _text_boxes(path)}
     found = {}
     for number, row in enumerate(csv.reader(lines(path)), 1):
         if number == 1 and row[:1] == ["ImageId"]:
@@ -229,6 +261,16 @@ def _ilsvrc_boxes(path: Path) -> dict[str, tuple[str, tuple]]:
         boxes = tuple(tuple(convert(path, number, fields[i + 1 : i + 5], float)) for i in range(0, len(fields), 5))
         found[row[0]] = (fields[0], boxes)
     return found
+
+
+def _text_boxes(path: Path) -> Iterator[tuple[str, str, tuple]]:
+    for number, fields in rows(path, range(6, 10_000)):
+        *_, wnid, name = ["", *fields[0].replace("\\", "/").split("/")]
+        corners = fields[4:] if fields[3] == ";" else fields[2:]
+        if not corners or len(corners) % 4:
+            raise DataError(f"{path}, line {number}: expected four numbers a box, found {len(corners)}.")
+        values = convert(path, number, corners, float)
+        yield Path(name).stem, wnid, tuple(tuple(values[i : i + 4]) for i in range(0, len(values), 4))
 
 
 def _voc_xml(path: Path) -> tuple[str, tuple]:
@@ -432,14 +474,15 @@ def open_dataset(
     Args:
         train: the part with labels to learn from, or the one to evaluate on ("wsol" and "folder" have what ``root`` and
             ``metadata`` name).
-        boxes: of "ilsvrc" and "folder". class_names: of "wsol" and "folder".
+        boxes: of "ilsvrc" and "folder"; of "wsol" the folder of the masks. class_names: of "wsol" and "folder".
         options: of `LocalizationDataset`.
 
     Raises:
         ConfigError: an unknown kind, or an argument that the kind doesn't have.
     """
     given = {"boxes": boxes, "metadata": metadata, "class_names": class_names}
-    taken = {"cub": (), "ilsvrc": ("boxes",), "wsol": ("metadata", "class_names"), "folder": ("boxes", "class_names")}
+    named = ("boxes", "class_names")
+    taken = {"cub": (), "ilsvrc": ("boxes",), "wsol": ("metadata", *named), "folder": named}
     if kind not in taken:
         raise ConfigError(f"the kind of data must be one of {', '.join(KINDS)}, got {kind!r}")
     if surplus := [n for n, v in given.items() if v is not None and n not in taken[kind] and n != "class_names"]:
@@ -454,5 +497,5 @@ def open_dataset(
     if kind == "wsol":
         if metadata is None:
             raise ConfigError("data of kind 'wsol' needs metadata, the folder with image_ids.txt")
-        return WSOLMetadata(root, **chosen, **options)
+        return WSOLMetadata(root, metadata, boxes, class_names, **options)
     return ImageFolder(root, **chosen, **options)

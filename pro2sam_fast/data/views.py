@@ -63,6 +63,8 @@ class TrainView:
 def ten_crops(image: Image.Image, resize: int = 256, crop: int = 224) -> Tensor:
     """Corners and centre of the photo at resize x resize, then the five flipped: (10, 3, crop, crop).
 
+    With resize = crop only two of them differ, which is what Pro2SAM's evaluator of CUB does.
+
     Only the class is decided on them, by the mean of the ten softmaxes; maps and boxes come from the central view.
     """
     image = _squeezed(image, resize)

@@ -11,35 +11,36 @@ from torch import Tensor, nn
 
 from ..models.gtformer import GRID, Block, GTFormer
 
-__all__ = ["BASELINES", "AttentionRollout", "ClassActivation", "GradCam"]
+__all__ = ["BASELINES", "AttentionRollout", "Baseline", "ClassActivation", "GradCam"]
 
 
-class _Baseline(nn.Module):
-    """Images (B, 3, 224, 224) -> "logits" (B, C) and "map" (B, 14, 14) in [0, 1]."""
+class Baseline(nn.Module):
+    """Images (B, 3, 224, 224) and, optionally, the classes (B,) to look for instead of the likeliest ones -> "logits"
+    (B, C) and "map" (B, 14, 14) in [0, 1]."""
 
     def __init__(self, net: GTFormer) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.num_classes = net, net.config.num_classes
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        logits, scores = self.scores(x)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> dict[str, Tensor]:
+        logits, scores = self.scores(x, classes)
         low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
         return {"logits": logits, "map": (scores - low) / (high - low).clamp(min=1e-12)}
 
 
-class ClassActivation(_Baseline):
-    """The class map of the likeliest class, rectified: its mean is the logit."""
+class ClassActivation(Baseline):
+    """The class's map, rectified: its mean is the logit."""
 
-    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         out = self.net(x, class_maps=True)
-        top = out["logits"].argmax(1)
-        return out["logits"], out["class_maps"][torch.arange(len(x), device=x.device), top].relu()
+        chosen = out["logits"].argmax(1) if classes is None else classes
+        return out["logits"], out["class_maps"][torch.arange(len(x), device=x.device), chosen].relu()
 
 
-class GradCam(_Baseline):
-    """Patch tokens before the last block, weighted by the mean gradient of the likeliest class's logit."""
+class GradCam(Baseline):
+    """Patch tokens before the last block, weighted by the mean gradient of the class's logit."""
 
-    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         tokens: list[Tensor] = []
 
         def watch(block: Block, inputs: tuple) -> tuple:
@@ -53,18 +54,19 @@ class GradCam(_Baseline):
                 logits = self.net(x.clone())["logits"]
             finally:
                 handle.remove()
-            (gradient,) = torch.autograd.grad(logits.amax(1).sum(), tokens[0])
+            chosen = logits.argmax(1) if classes is None else classes.clone()
+            (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), tokens[0])
         patches = slice(1, -self.net.config.num_query_tokens)
         weight = gradient[:, patches].mean(1, keepdim=True)
         scores = (tokens[0].detach()[:, patches] * weight).sum(-1).relu()
         return logits.detach(), scores.unflatten(1, (GRID, GRID))
 
 
-class AttentionRollout(_Baseline):
+class AttentionRollout(Baseline):
     """Attention, averaged over heads, with the identity for the residual, multiplied through all blocks: how much each
-    patch of the input reaches the mean of the patches at the end."""
+    patch of the input reaches the mean of the patches at the end, whatever the class."""
 
-    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, x: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         inputs: list[Tensor] = []
         handles = [
             block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in self.net.blocks

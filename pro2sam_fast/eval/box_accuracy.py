@@ -17,6 +17,8 @@ from .protocols import Protocol, level_maps, protocol, score_levels
 
 __all__ = ["MaxBoxAcc", "sweep_maps"]
 
+_AT_ONCE = 256
+
 
 def sweep_maps(
     maps: np.ndarray | torch.Tensor,
@@ -49,7 +51,12 @@ def sweep_maps(
         raise ConfigError(f"the {rules.name} protocol has one box a map; multi_contour needs wsoleval")
     if len(maps) != len(boxes):
         raise ConfigError(f"{len(maps)} maps but annotated boxes for {len(boxes)}")
-    return _sweep(*level_maps(maps, thresholds, rules), boxes, rules, multi_contour)
+    # a few hundred levels of 224 x 224 in memory, not those of a whole data set
+    parts = [
+        _sweep(*level_maps(maps[i : i + _AT_ONCE], thresholds, rules), boxes[i : i + _AT_ONCE], rules, multi_contour)
+        for i in range(0, max(1, len(maps)), _AT_ONCE)
+    ]
+    return tuple(np.concatenate(part) for part in zip(*parts))
 
 
 def _sweep(levels, index, boxes, rules, multi_contour):

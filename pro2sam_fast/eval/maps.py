@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.localization import LocalizationDataset
+from ..data.localization import LabelledPhoto, LocalizationDataset
 from ..data.tables import open_image
 from ..data.views import TestView, ten_crops
 from ..errors import ConfigError, DataError
-from .box_accuracy import sweep_maps
+from .baselines import Baseline
+from .box_accuracy import MaxBoxAcc, sweep_maps
 from .localization import LocalizationAccuracy
-from .protocols import Protocol, protocol, transform_boxes
+from .protocols import Protocol, prepare_score_maps, protocol, transform_boxes
+from .pxap import PxAP, ground_truth_pixels
+from .ranks import gathered, ranks
 
-__all__ = ["SELECTIONS", "MapReport", "Predictions", "evaluate_maps", "predict_maps"]
+__all__ = [
+    "SELECTIONS",
+    "MapReport",
+    "PixelReport",
+    "Predictions",
+    "evaluate_maps",
+    "evaluate_pixels",
+    "predict_maps",
+    "predict_on_all_ranks",
+]
 
 SELECTIONS = ("fixed", "oracle_sum", "val_split")
 
@@ -43,30 +58,37 @@ def predict_maps(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     ten_crop: bool = False,
+    ten_crop_resize: int = 256,
     indices: Sequence[int] | None = None,
 ) -> Predictions:
     """Maps and class scores of the photos in the protocol's view.
 
     Args:
-        model: (B, 3, S, S) -> {"map": (B, h, w), "logits": (B, C) or None}, in evaluation mode.
+        model: (B, 3, S, S) -> {"map": (B, h, w), "logits": (B, C) or None}, in evaluation mode. A `Baseline` of the
+            data's classes gives the map of the annotated class, as GT-known and Top-5 localisation want it; where
+            Top-1 is right, it is that of the predicted class.
         data: photos.
         rules: gives resize and crop.
-        ten_crop: scores are the logarithm of the mean softmax over ten crops; maps always come from the central view.
+        ten_crop: scores are the logarithm of the mean softmax over ten crops of the photo at ``ten_crop_resize``
+            squared; maps always come from the central view.
         indices: of the photos, e.g. this rank's share; None for all.
     """
     rules = protocol(rules) if isinstance(rules, str) else rules
     view = TestView(rules.resize, rules.crop)
     chosen = list(range(len(data)) if indices is None else indices)
+    of_label = isinstance(model, Baseline) and model.num_classes == len(data.class_names)
     maps, scores, sizes = [], [], []
     for start in range(0, len(chosen), batch_size):
-        images = [open_image(data.photos[i].path).convert("RGB") for i in chosen[start : start + batch_size]]
+        photos = [data.photos[i] for i in chosen[start : start + batch_size]]
+        images = [open_image(photo.path).convert("RGB") for photo in photos]
         sizes += [image.size for image in images]
-        out = model(torch.stack([view(image) for image in images]).to(device))
+        classes = (torch.tensor([photo.label for photo in photos], device=device),) if of_label else ()
+        out = model(torch.stack([view(image) for image in images]).to(device), *classes)
         maps.append(out["map"].float().cpu().numpy())
         if out.get("logits") is not None:
             logits = out["logits"].float()
-            if ten_crop:
-                logits = torch.stack([_ten_crop_scores(model, image, rules, device) for image in images])
+            if ten_crop and logits.shape[1] == len(data.class_names):
+                logits = torch.stack([_ten_crop_scores(model, image, ten_crop_resize, device) for image in images])
             scores.append(logits.cpu().numpy())
     return Predictions(
         [data.photos[i].id for i in chosen],
@@ -76,8 +98,22 @@ def predict_maps(
     )
 
 
-def _ten_crop_scores(model: Callable, image: Image.Image, rules: Protocol, device: torch.device | str) -> Tensor:
-    logits = model(ten_crops(image, rules.resize, rules.crop).to(device))["logits"].float()
+def predict_on_all_ranks(model: Callable, data: LocalizationDataset, *arguments: Any, **options: Any) -> Predictions:
+    """As `predict_maps` for all photos, in their order, each predicted by one rank of torchrun."""
+    rank, world = ranks()
+    mine = predict_maps(model, data, *arguments, **options, indices=range(rank, len(data), world))
+    parts = [part for part in gathered(mine) if part.ids]
+    place = {photo.id: i for i, photo in enumerate(data.photos)}
+    ids = [key for part in parts for key in part.ids]
+    order = np.argsort([place[key] for key in ids])
+    sizes = [size for part in parts for size in part.sizes]
+    scores = None if parts[0].scores is None else np.concatenate([part.scores for part in parts])[order]
+    maps = np.concatenate([part.maps for part in parts])[order]
+    return Predictions([ids[i] for i in order], maps, scores, [sizes[i] for i in order])
+
+
+def _ten_crop_scores(model: Callable, image: Image.Image, resize: int, device: torch.device | str) -> Tensor:
+    logits = model(ten_crops(image, resize).to(device))["logits"].float()
     return logits.softmax(dim=1).mean(dim=0).log()
 
 
@@ -87,6 +123,8 @@ class MapReport:
 
     threshold: the one that `metrics` are at. selection: how it was chosen. metrics: see `LocalizationAccuracy.compute`.
     fixed: the same at other thresholds. curves: percent of photos per threshold and IoU. accuracy: holds the records.
+    sweeps: under "wsoleval" MaxBoxAcc and MaxBoxAccV2 with what `MaxBoxAcc.compute` gives, each IoU at its own best
+    threshold.
     """
 
     rules: Protocol
@@ -96,6 +134,7 @@ class MapReport:
     fixed: dict[float, dict[str, float]]
     curves: dict[str, np.ndarray]
     accuracy: LocalizationAccuracy
+    sweeps: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def evaluate_maps(
@@ -108,7 +147,6 @@ def evaluate_maps(
     threshold: float | None = None,
     fixed: Sequence[float] = (0.3, 0.4),
     iou_set: Sequence[float] = (0.5, 0.7, 0.9),
-    single_precision: bool = False,
 ) -> MapReport:
     """Boxes of maps, and how often they are right.
 
@@ -119,7 +157,6 @@ def evaluate_maps(
             as the published evaluators do: an upper bound. "fixed" and "val_split" take `threshold`, the latter
             saying that it was chosen on other photos.
         fixed: thresholds to report beside it.
-        single_precision: see `transform_boxes`.
 
     Raises:
         DataError: photos are missing, twice, or without box.
@@ -133,17 +170,15 @@ def evaluate_maps(
     grid = np.arange(100) / 100 if thresholds is None else np.asarray(thresholds, dtype=np.float64)
     named = [t for t in (*fixed, threshold) if t is not None]
     grid = np.unique(np.concatenate([grid, named]))
-    by_id = {photo.id: photo for photo in data.photos}
-    if unknown := [i for i in predictions.ids if i not in by_id]:
-        raise DataError(f"{len(unknown)} predicted photos aren't in the data set, the first is {unknown[0]!r}.")
-    if bare := [i for i in predictions.ids if not by_id[i].boxes]:
+    photos = _photos(predictions, data)
+    if bare := [photo.id for photo in photos if not photo.boxes]:
         raise DataError(f"{len(bare)} photos have no annotated box, the first is {bare[0]!r}.")
     boxes = [
-        transform_boxes(by_id[i].boxes, size, rules, single_precision)
-        for i, size in zip(predictions.ids, predictions.sizes, strict=True)
+        transform_boxes(photo.boxes, size, rules, data.single_precision and rules.name == "sat")
+        for photo, size in zip(photos, predictions.sizes, strict=True)
     ]
     iou, found = sweep_maps(predictions.maps, boxes, grid, rules)
-    labels = np.array([by_id[i].label for i in predictions.ids])
+    labels = np.array([photo.label for photo in photos])
     if threshold is None:
         right = np.zeros(len(labels), bool) if predictions.scores is None else predictions.scores.argmax(1) == labels
         located = iou >= 0.5
@@ -155,7 +190,6 @@ def evaluate_maps(
         for n, key in enumerate(predictions.ids):
             scores = None if predictions.scores is None else predictions.scores[n]
             accuracy.update(key, int(labels[n]), boxes[n], found[n, k], scores, ious=iou[n])
-        accuracy.require(by_id)
         return accuracy
 
     accuracy = at(threshold)
@@ -167,4 +201,74 @@ def evaluate_maps(
         {float(t): at(t).compute(iou_set) for t in fixed},
         {"threshold": grid, **{f"box_acc@{t:g}": 100 * (iou >= t).mean(0) for t in iou_set}},
         accuracy,
+        _max_box_acc(predictions.maps, boxes) if rules.name == "wsoleval" else {},
     )
+
+
+def _photos(predictions: Predictions, data: LocalizationDataset) -> list[LabelledPhoto]:
+    # those of the predictions, which must be all of the data, each once
+    by_id = {photo.id: photo for photo in data.photos}
+    if unknown := [key for key in predictions.ids if key not in by_id]:
+        raise DataError(f"{len(unknown)} predicted photos aren't in the data set, the first is {unknown[0]!r}.")
+    if len(set(predictions.ids)) != len(predictions.ids):
+        twice = Counter(predictions.ids).most_common(1)[0][0]
+        raise DataError(f"photo {twice!r} was predicted twice.")
+    if missing := by_id.keys() - set(predictions.ids):
+        raise DataError(f"{len(missing)} photos are missing in the predictions, the first is {min(missing)!r}.")
+    return [by_id[key] for key in predictions.ids]
+
+
+def _max_box_acc(maps: np.ndarray, boxes: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
+    metrics = {"MaxBoxAcc": MaxBoxAcc(), "MaxBoxAccV2": MaxBoxAcc((0.3, 0.5, 0.7), multi_contour=True)}
+    for start in range(0, len(maps), 64):
+        part = slice(start, start + 64)
+        prepared = prepare_score_maps(torch.from_numpy(maps[part]))
+        for metric in metrics.values():
+            metric.update(prepared, boxes[part])
+    return {name: metric.compute() for name, metric in metrics.items()}
+
+
+@dataclass
+class PixelReport:
+    """Accuracy of maps against masks.
+
+    pxap: percent. curves: see `PxAP.curves`. foreground, background: int32 (n, bins), every photo's scores counted in
+    the bins of `PxAP`, from which the rest can be computed again.
+    """
+
+    pxap: float
+    curves: dict[str, np.ndarray]
+    foreground: np.ndarray
+    background: np.ndarray
+
+
+def evaluate_pixels(predictions: Predictions, data: LocalizationDataset, step: float = 0.001) -> PixelReport:
+    """PxAP of maps on photos with masks, all in 224 x 224 pixels.
+
+    Args:
+        predictions: of all photos of `data`, in the view of "wsoleval".
+        step: of the thresholds.
+
+    Raises:
+        DataError: photos are missing, twice, or without mask; a mask can't be read.
+    """
+    total, foreground, background = PxAP(step), [], []
+    for photo, coarse in zip(_photos(predictions, data), predictions.maps, strict=True):
+        if not photo.masks:
+            raise DataError(f"photo {photo.id!r} has no annotated mask.")
+        scores = prepare_score_maps(torch.from_numpy(coarse)[None])[0].numpy()
+        ignore = None if photo.ignore is None else _read_mask(photo.ignore, len(scores))
+        one = PxAP(step)
+        one.update(scores, ground_truth_pixels([_read_mask(path, len(scores)) for path in photo.masks], ignore))
+        total.merge(one)
+        foreground.append(one.foreground)
+        background.append(one.background)
+    stacked = (np.stack(rows).astype(np.int32) for rows in (foreground, background))
+    return PixelReport(total.compute(), total.curves(), *stacked)
+
+
+def _read_mask(path: Path, side: int) -> np.ndarray:
+    # the nearest pixel as OpenCV takes it, at or before the place
+    mask = np.asarray(open_image(path).convert("L"))
+    rows, columns = (np.arange(side) * n // side for n in mask.shape)
+    return mask[rows[:, None], columns]

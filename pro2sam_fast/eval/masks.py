@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..boxes import tight_box
 from ..data.localization import LocalizationDataset
 from ..data.tables import open_image
 from ..pipelines.matching import match
@@ -19,6 +18,7 @@ from .gallery_cache import GalleryCache
 from .localization import LocalizationAccuracy
 from .maps import Predictions
 from .protocols import PROTOCOLS, transform_boxes
+from .ranks import gathered, ranks
 
 __all__ = ["MaskReport", "evaluate_masks"]
 
@@ -47,7 +47,8 @@ def evaluate_masks(
     min_region_box: int = 100,
     iou_set: Sequence[float] = (0.5, 0.7, 0.9),
 ) -> MaskReport:
-    """Matches every map with its photo's gallery and scores the box of the chosen mask in a 224 x 224 view.
+    """Matches every map with its photo's gallery and scores the box of the chosen mask in a 224 x 224 view; under
+    torchrun the ranks share the photos.
 
     Args:
         predictions: of photos of `data`; scores decide Top-1 and Top-5 if they are there.
@@ -58,24 +59,23 @@ def evaluate_masks(
         box, min_region_box: as for `Localizer`.
     """
     rules = PROTOCOLS["mask"]
-    accuracy = LocalizationAccuracy(rules)
-    sources: Counter[str] = Counter()
+    own = LocalizationAccuracy(rules)
     by_id = {photo.id: photo for photo in data.photos}
-    for n, key in enumerate(predictions.ids):
-        photo = by_id[key]
+    rank, world = ranks()
+    for n in range(rank, len(predictions.ids), world):
+        photo = by_id[predictions.ids[n]]
         image = open_image(photo.path).convert("RGB")
         if sam_input != "native":
             image = image.resize((sam_input, sam_input), Image.Resampling.BILINEAR)
         gallery = galleries.generate([np.asarray(image)])[0]
         found = match(gallery, torch.from_numpy(predictions.maps[n]), **(matching or {}))
         height, width = found.mask.shape
-        extent = found.box(box, min_region_box)
-        if extent == (0, 0, width, height):  # perhaps only because every region is too small
-            extent = tight_box(found.mask) or extent
-        scaled = np.asarray(extent, dtype=np.float64) * _VIEW / np.array([width, height] * 2)
+        scaled = np.asarray(found.box(box, min_region_box), dtype=np.float64) * _VIEW / np.array([width, height] * 2)
         truth = transform_boxes(photo.boxes, predictions.sizes[n], rules)
         scores = None if predictions.scores is None else predictions.scores[n]
-        accuracy.update(key, photo.label, truth, scaled, scores, source=found.source)
-        sources[found.source] += 1
+        own.update(photo.id, photo.label, truth, scaled, scores, source=found.source)
+    records = {record.id: record for part in gathered(list(own.records.values())) for record in part}
+    accuracy = LocalizationAccuracy(rules)
+    accuracy.merge(records[key] for key in predictions.ids)
     accuracy.require(by_id)
-    return MaskReport(accuracy.compute(iou_set), dict(sources), accuracy)
+    return MaskReport(accuracy.compute(iou_set), dict(Counter(r.source for r in records.values())), accuracy)

@@ -82,15 +82,16 @@ def transform_boxes(
         boxes: (n, 4) XYXY in the photo's pixels.
         size: (W, H) of the photo.
         protocol: "divide": x / W * resize - offset, then x0, y0 at least 0 and x1, y1 at most crop - 1, so that a box
-            outside the crop becomes inverted. "multiply": x * resize / W, neither moved nor clamped.
+            outside the crop becomes inverted. "multiply": x * resize / W of boxes that end at the photo's last pixel.
         single_precision: the quotient is rounded to float32, as SAT does on ILSVRC.
 
     Returns:
         float64 (n, 4) integral values.
     """
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     sides = np.array([*size, *size], dtype=np.float64)
     if protocol.boxes == "multiply":
+        boxes[:, 2:] = np.minimum(boxes[:, 2:], sides[2:] - 1)
         return np.trunc(boxes * protocol.resize / sides)
     offset = (protocol.resize - protocol.crop) // 2
     if single_precision:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,25 +19,28 @@ from ..data.tables import open_image
 from ..errors import ConfigError, DataError
 from ..generator import MaskGenerator
 from ..io import write_atomic
+from ..models.gtformer import GTFormer
 from ..models.lite import load_lite
 from ..pipelines.pro2sam import resolve_device
 from ..train.lite_gtformer import class_activation_map
 from .baselines import BASELINES
 from .contact_sheet import contact_sheet
 from .gallery_cache import GalleryCache
-from .localization import ERROR_TYPES, LocalizationAccuracy, error_taxonomy
-from .maps import MapReport, Predictions, evaluate_maps, predict_maps
+from .localization import ERROR_TYPES, LocalizationAccuracy, box_accuracy, error_taxonomy
+from .maps import MapReport, PixelReport, Predictions, evaluate_maps, evaluate_pixels, predict_on_all_ranks
 from .masks import MaskReport, evaluate_masks
 from .protocols import Protocol, protocol
+from .ranks import gathered, ranks
 from .table import write_records
 
 __all__ = ["Study", "coarse_model", "external_scores"]
 
+# options of matching, or of the generator
 ABLATIONS = {
-    "matching": [{"similarity": s} for s in ("mask", "bbox", "mask+bbox")],
+    "matching": [{"similarity": s} for s in ("bbox", "mask+bbox", "mask")],
     "threshold": [{"prompt_threshold": t} for t in (0.1, 0.2, 0.3, 0.4, 0.5)],
+    "points": [{"points_per_side": n} for n in (8, 16, 32)],
 }
-POINTS = (8, 16, 32)
 
 
 def coarse_model(name: str) -> Callable[[Tensor], dict[str, Tensor]] | nn.Module:
@@ -96,23 +101,29 @@ def external_scores(
         raise ConfigError(f"{timm_model} has {model.num_classes} classes, the data {len(data.class_names)}")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     scores = {}
+    rank, world = ranks()
     with torch.inference_mode():
-        for photo in data.photos:
+        for photo in data.photos[rank::world]:
             x = transform(open_image(photo.path).convert("RGB")).unsqueeze(0)
             scores[photo.id] = model(x.to(next(model.parameters()).device))[0].float().cpu().numpy()
-    return scores
+    return {key: value for part in gathered(scores) for key, value in part.items()}
 
 
 class Study:
     """Collects reports and writes them.
 
     Args:
-        data: photos with boxes.
+        data: photos with boxes, or with masks to measure PxAP on.
         folder: of the results.
         protocols: names of map protocols.
         threshold: of maps, chosen on other photos; None takes the best on these, called an oracle in the report.
+        val: photos with boxes to choose it on, for every model and protocol.
+        fixed: thresholds that are reported beside it.
+        ablations: names of `ABLATIONS`, and "tokens", which lists the models by their number of query tokens.
         scores: class scores by photo id that replace the coarse models' own.
         batch_size, ten_crop, device: see `predict_maps`.
+
+    Under torchrun every rank adds the same models and shares the photos; rank 0 writes.
     """
 
     def __init__(
@@ -122,6 +133,9 @@ class Study:
         *,
         protocols: Sequence[str] = ("sat",),
         threshold: float | None = None,
+        val: LocalizationDataset | None = None,
+        fixed: Sequence[float] = (0.3, 0.4),
+        ablations: Sequence[str] = (),
         scores: Mapping[str, np.ndarray] | None = None,
         batch_size: int = 32,
         ten_crop: bool = False,
@@ -133,33 +147,57 @@ class Study:
             raise ConfigError(
                 "the mask protocol is that of masks; ask for maps under sat, direct224, wsoleval or tscam"
             )
-        self.threshold, self.scores = threshold, scores
+        if threshold is not None and val is not None:
+            raise ConfigError("give a threshold or photos to choose it on, not both")
+        self.threshold, self.val, self.fixed, self.scores = threshold, val, fixed, scores
         self.batch_size, self.ten_crop, self.device = batch_size, ten_crop, resolve_device(device)
         self.maps: dict[tuple[str, str], MapReport] = {}
+        self.pixels: dict[str, PixelReport] = {}
         self.masks: dict[str, MaskReport] = {}
         self.predictions: dict[str, Predictions] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.ablations, self.ablated = tuple(ablations), {name: [] for name in ABLATIONS if name in ablations}
 
     def add_maps(self, name: str) -> None:
-        """Scores a coarse model's maps under all protocols."""
+        """Scores a coarse model's maps against boxes under all protocols, or against masks where photos have these."""
         model = coarse_model(name).eval().to(self.device)
+        net = getattr(model, "net", model)
+        if isinstance(net, GTFormer) and "tokens" in self.ablations:
+            self.sizes[name] = net.config.num_query_tokens, sum(p.numel() for p in net.parameters())
         views: dict[int, Predictions] = {}
-        for rules in self.protocols:
-            if rules.resize not in views:
-                views[rules.resize] = self._predict(model, rules)
-            selection = "oracle_sum" if self.threshold is None else "val_split"
-            self.maps[name, rules.name] = evaluate_maps(
-                views[rules.resize], self.data, rules, selection=selection, threshold=self.threshold
-            )
-        # masks are matched in the whole photo
-        self.predictions[name] = views[224] if 224 in views else self._predict(model, protocol("direct224"))
+        if not any(photo.masks for photo in self.data.photos):
+            for rules in self.protocols:
+                if rules.resize not in views:
+                    views[rules.resize] = self._predict(model, rules)
+                self.maps[name, rules.name] = evaluate_maps(
+                    views[rules.resize], self.data, rules, fixed=self.fixed, **self._threshold(model, rules)
+                )
+        # masks are matched, and pixels counted, in the whole photo
+        whole = views[224] if 224 in views else self._predict(model, protocol("direct224"))
+        self.predictions[name] = whole
+        if not self.maps:
+            self.pixels[name] = evaluate_pixels(whole, self.data)
 
-    def _predict(self, model: nn.Module, rules: Protocol) -> Predictions:
-        found = predict_maps(
-            model, self.data, rules, batch_size=self.batch_size, device=self.device, ten_crop=self.ten_crop
+    def _threshold(self, model: nn.Module, rules: Protocol) -> dict[str, Any]:
+        if self.val is not None:
+            held_out = evaluate_maps(self._predict(model, rules, self.val), self.val, rules)
+            return {"selection": "val_split", "threshold": held_out.threshold}
+        return {"selection": "oracle_sum" if self.threshold is None else "val_split", "threshold": self.threshold}
+
+    def _predict(self, model: nn.Module, rules: Protocol, data: LocalizationDataset | None = None) -> Predictions:
+        test = data is None
+        data = self.data if data is None else data
+        found = predict_on_all_ranks(
+            model,
+            data,
+            rules,
+            batch_size=self.batch_size,
+            device=self.device,
+            ten_crop=self.ten_crop and self.scores is None,
         )
-        if self.scores is not None:
+        if self.scores is not None and test:
             found.scores = np.stack([self.scores[key] for key in found.ids])
-        elif found.scores is not None and found.scores.shape[1] != len(self.data.class_names):
+        elif found.scores is not None and found.scores.shape[1] != len(data.class_names):
             found.scores = None  # of other classes
         return found
 
@@ -171,9 +209,14 @@ class Study:
         *,
         sam_input: int | str = 224,
         galleries: str | Path | None = None,
-        ablations: Sequence[str] = (),
     ) -> None:
-        """Matches the maps of all coarse models with SAM's masks."""
+        """Matches the maps of all coarse models with SAM's masks.
+
+        Raises:
+            ConfigError: the data has no boxes.
+        """
+        if self.pixels:
+            raise ConfigError("chosen masks are measured by their boxes, which this data doesn't have")
         net, defaults = load_sam(sam, checkpoint)
         net = net.to(self.device)
 
@@ -189,22 +232,26 @@ class Study:
 
         for coarse in self.predictions:
             add(coarse, coarse, plain)
-            for name in ("matching", "threshold"):
-                for choice in ABLATIONS[name] if name in ablations else ():
+            for name in self.ablated:
+                for choice in ABLATIONS[name]:
                     ((option, value),) = choice.items()
-                    add(f"{coarse}, {option} {value}", coarse, plain, **choice)
-            for points in POINTS if "points" in ablations else ():
-                add(f"{coarse}, points_per_side {points}", coarse, cache(points_per_side=points))
+                    label = f"{coarse}, {option} {value}"
+                    if name == "points":
+                        add(label, coarse, cache(**choice))
+                    else:
+                        add(label, coarse, plain, **choice)
+                    self.ablated[name].append(label)
 
     def write(self) -> Path:
         """Writes everything and returns the path of ``report.md``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        summary: dict[str, Any] = {"photos": len(self.data), "maps": [], "masks": []}
+        summary: dict[str, Any] = {"photos": len(self.data), "maps": [], "pixels": [], "masks": []}
         parts = [f"# Localization accuracy on {len(self.data)} photos\n"]
         for (name, rules), report in self.maps.items():
             stem = f"photos_{_slug(name)}_{rules}"
             records = list(report.accuracy.records.values())
             write_records(self.folder / f"{stem}.csv", records)
+            _write_curves(self.folder / f"{stem}_curves.csv", report.curves)
             summary["maps"].append(
                 {
                     "coarse": name,
@@ -213,6 +260,7 @@ class Study:
                     "selection": report.selection,
                     "metrics": report.metrics,
                     "fixed": {f"{t:g}": m for t, m in report.fixed.items()},
+                    "sweeps": report.sweeps,
                     "errors": self._errors(report.accuracy),
                     "records": f"{stem}.csv",
                 }
@@ -230,12 +278,42 @@ class Study:
                     "records": f"{stem}.csv",
                 }
             )
-        parts += _map_tables(self.maps) + _mask_table(self.masks) + _error_table(summary)
+        for name, report in self.pixels.items():
+            stem = f"photos_{_slug(name)}_pixels"
+            content = io.BytesIO()
+            ids = np.array(self.predictions[name].ids)
+            np.savez_compressed(content, ids=ids, foreground=report.foreground, background=report.background)
+            write_atomic(self.folder / f"{stem}.npz", content.getvalue())
+            _write_curves(self.folder / f"{stem}_curves.csv", report.curves)
+            summary["pixels"].append({"coarse": name, "PxAP": report.pxap, "records": f"{stem}.npz"})
+        parts += _map_tables(self.maps) + _pixel_table(self.pixels) + _mask_table(self.masks)
+        parts += self._ablation_tables() + _error_table(summary)
         parts += self._pictures()
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=1).encode())
         path = self.folder / "report.md"
         write_atomic(path, "\n".join(parts).encode())
         return path
+
+    def _ablation_tables(self) -> list[str]:
+        # in the layouts of the Pro2SAM paper: Table 6 for masks, Table 5 for tokens
+        parts = []
+        ious = (0.5, 0.6, 0.7, 0.8, 0.9)
+        for name, labels in self.ablated.items():
+            rows = []
+            for label in labels:
+                accuracy = box_accuracy(list(self.masks[label].accuracy.records.values()), ious)
+                rows.append([label, *(accuracy[f"box_acc@{t:g}"] for t in ious)])
+            parts += [f"\n## Ablation: {name}\n", _table([name, *(f"IoU {100 * t:.0f}" for t in ious)], rows)]
+        if self.sizes and self.maps:
+            rows = []
+            for (name, rules), report in self.maps.items():
+                if name in self.sizes:
+                    tokens, parameters = self.sizes[name]
+                    values = (report.metrics.get(c, "") for c in ("Top-1 Loc", "Top-5 Loc", "GT-known"))
+                    rows.append([name, rules, tokens, parameters / 1e6, *values])
+            head = ["coarse", "protocol", "query tokens", "parameters (M)", "Top-1 Loc", "Top-5 Loc", "GT-known"]
+            parts += ["\n## Query tokens\n", _table(head, sorted(rows, key=lambda r: (r[1], r[2])))]
+        return parts
 
     def _errors(self, accuracy: LocalizationAccuracy) -> dict[str, float]:
         records = list(accuracy.records.values())
@@ -252,6 +330,14 @@ class Study:
             sheet.save(self.folder / "best_and_worst.jpg", quality=88)
             parts.append(f"\n## Best and worst photos of {name}\n\n![photos](best_and_worst.jpg)\n")
         return parts
+
+
+def _write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(curves)
+    writer.writerows(zip(*(column.tolist() for column in curves.values())))
+    write_atomic(path, text.getvalue().encode())
 
 
 def _slug(name: str) -> str:
@@ -289,7 +375,19 @@ def _map_tables(reports: Mapping[tuple[str, str], MapReport]) -> list[str]:
             f"box: {p.rule}; IoU counts widths as x1 - x0 + 1.\n"
         )
         parts.append(_table(["coarse", "threshold", "chosen", *columns], rows))
+        if swept := [(name, sweep, r) for name, report in chosen.items() for sweep, r in report.sweeps.items()]:
+            head = ["coarse", "metric", *(f"IoU {t}" for t in (30, 50, 70)), "mean"]
+            parts.append("\nEach IoU at its own best of 1,000 thresholds; V2 takes every contour:\n")
+            values = [[r.get(f"box_acc@{t:g}", "") for t in (0.3, 0.5, 0.7)] + [r["MaxBoxAcc"]] for _, _, r in swept]
+            parts.append(_table(head, [[name, sweep, *v] for (name, sweep, _), v in zip(swept, values)]))
     return parts
+
+
+def _pixel_table(reports: Mapping[str, PixelReport]) -> list[str]:
+    if not reports:
+        return []
+    head = "\n## Maps against masks, protocol `wsoleval`\n\nPxAP at 224 x 224, the pixels of all photos pooled.\n"
+    return [head, _table(["coarse", "PxAP"], [[name, report.pxap] for name, report in reports.items()])]
 
 
 def _mask_table(reports: Mapping[str, MaskReport]) -> list[str]:
@@ -302,6 +400,8 @@ def _mask_table(reports: Mapping[str, MaskReport]) -> list[str]:
 
 
 def _error_table(summary: Mapping[str, Any]) -> list[str]:
+    if not summary["maps"]:
+        return []
     rows = [
         [entry["coarse"], entry["protocol"], *(entry["errors"][kind] for kind in ERROR_TYPES)]
         for entry in [*summary["maps"], *summary["masks"]]

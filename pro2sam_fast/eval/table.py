@@ -21,7 +21,7 @@ COLUMNS = ("id", "label", "top5", "boxes", "box", "iou", "source", "class_boxes"
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """A CSV with one row a photo; lists are JSON. IoUs per threshold go to a float32 ``.npy`` file beside it."""
+    """A CSV with one row a photo; lists are JSON. IoUs per threshold go to a float64 ``.npy`` file beside it."""
     path = Path(path)
     text = io.StringIO()
     writer = csv.writer(text)
@@ -33,7 +33,7 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
     write_atomic(path, text.getvalue().encode())
     if records and all(r.ious is not None for r in records):
         content = io.BytesIO()
-        np.save(content, np.stack([r.ious for r in records]).astype(np.float32))
+        np.save(content, np.stack([r.ious for r in records]))
         write_atomic(path.with_suffix(".npy"), content.getvalue())
 
 

@@ -39,7 +39,7 @@ __all__ = ["TrainConfig", "TrainingDivergedError", "train_gtformer"]
 
 
 class TrainingDivergedError(Pro2SamError, FloatingPointError):
-    """The loss is NaN or infinite; the message names the file with the batch."""
+    """The loss or its gradient is NaN or infinite; the message names the file with the batch."""
 
 
 @dataclass
@@ -59,6 +59,7 @@ class TrainConfig:
         drop_last: leave out the last partial batch of an epoch (ILSVRC).
         resize, crop: of the training view. seed: of everything random. workers: processes that read photos.
         save_every: steps between checkpoints; an epoch's end always makes one. evaluate_every, evaluate_from: epochs.
+        keep_epochs: the weights after every epoch stay, as ``epoch_<n>.safetensors``.
         auto_batch: halve ``micro_batch`` where memory runs out, instead of stopping with the advice.
     """
 
@@ -83,6 +84,7 @@ class TrainConfig:
     save_every: int = 200
     evaluate_every: int = 1
     evaluate_from: int = 0
+    keep_epochs: bool = False
     auto_batch: bool = False
 
     def __post_init__(self) -> None:
@@ -195,7 +197,7 @@ class _Trainer:
                 terms = self._gradients(step, images, labels, total)
                 break
             except Exception as error:
-                if not is_out_of_memory(error) or self.world > 1:
+                if not is_out_of_memory(error):
                     raise
                 self._smaller_parts(len(images), error)
         if not all(math.isfinite(value) for value in terms.values()):
@@ -209,10 +211,11 @@ class _Trainer:
 
     def _smaller_parts(self, count: int, error: Exception) -> None:
         smaller = min(self.micro_batch or count, count) // 2
-        if not self.config.auto_batch or smaller == 0:
+        # other ranks wait in the middle of the step, which can't be begun again
+        if not self.config.auto_batch or smaller == 0 or self.world > 1:
             raise ConfigError(
                 f"Memory ran out with {self.micro_batch or count} photos at a time; use a micro_batch of "
-                f"{max(1, smaller)}, or auto_batch."
+                f"{max(1, smaller)}{', or auto_batch' if self.world == 1 else ''}."
             ) from error
         self.micro_batch = smaller
         if self.device.type == "cuda":
@@ -231,7 +234,8 @@ class _Trainer:
                 sums[name] = sums.get(name, 0.0) + value.item() * share
         if self.world > 1:
             self._average_gradients(len(images) / total, sums)
-        return sums
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return {**sums, "gradient_norm": nn.utils.get_total_norm(gradients).item()}
 
     def _parts(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = self.micro_batch or max(1, len(images))
@@ -340,7 +344,7 @@ def train_gtformer(
         Path of ``last.safetensors``.
 
     Raises:
-        TrainingDivergedError: the loss isn't finite; the batch is saved.
+        TrainingDivergedError: the loss or its gradient isn't finite; the batch is saved.
         ConfigError: the run folder holds another configuration, or memory ran out.
     """
     config, run, device = config or TrainConfig(), Path(run), torch.device(device)
@@ -383,7 +387,7 @@ def train_gtformer(
             total = len(batches.indices(step))
             terms = trainer.step(step, steps, images, labels, total)
             if not all(math.isfinite(value) for value in terms.values()):
-                path = run / f"diverged_{step}.pt"
+                path = run / (f"diverged_{step}.pt" if world == 1 else f"diverged_{step}_rank{rank}.pt")
                 torch.save({"images": images, "labels": labels, "indices": indices, "terms": terms}, path)
                 raise TrainingDivergedError(f"The losses of step {step} are {terms}; the batch is in {path}.")
             log.step(step, steps, terms, total)
@@ -395,7 +399,9 @@ def train_gtformer(
                 if metrics.get(select, -math.inf) > best:
                     best = metrics[select]
                     weights("best", trainer.evaluated, epoch=epoch, metrics=metrics)
-                log.epoch(epoch, metrics)
+                if config.keep_epochs:
+                    weights(f"epoch_{epoch}", trainer.evaluated, epoch=epoch, metrics=metrics)
+                log.epoch(epoch, config.epochs, metrics)
             stops = _any_rank(bool(stop), world, device)
             if ends_epoch or (step + 1) % config.save_every == 0 or stops:
                 checkpoint(step + 1)

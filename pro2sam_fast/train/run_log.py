@@ -7,6 +7,7 @@ import io
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class RunLog:
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: can't be read ({error}); choose another folder.") from error
         # what changes speed, not results
-        free = ("workers", "micro_batch", "auto_batch", "save_every")
+        free = ("workers", "micro_batch", "auto_batch", "save_every", "keep_epochs")
         for name in [*self.arguments, *stored]:
             if name not in free and stored.get(name) != self.arguments.get(name):
                 raise ConfigError(
@@ -87,18 +88,25 @@ class RunLog:
         now = time.perf_counter()
         self.photos, self.seconds, self.clock = self.photos + photos, self.seconds + now - self.clock, now
         if self.bar is not None:
-            self.bar.total, self.bar.n = steps, step + 1
-            rate = photos * (self.bar.format_dict["rate"] or 0)
-            self.bar.set_postfix(loss=f"{terms['loss']:.3f}", photos_per_s=f"{rate:.1f}", refresh=False)
-            self.bar.refresh()
+            if self.bar.total is None:
+                self.bar.reset(steps)
+                self.bar.initial = self.bar.n = step
+            self.bar.set_postfix(
+                loss=f"{terms['loss']:.3f}", photos_per_s=f"{self.photos / self.seconds:.1f}", refresh=False
+            )
+            self.bar.update()
         if self.events is not None:
             for name, value in terms.items():
                 self.events.add_scalar(f"train/{name}", value, step)
 
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+    def epoch(self, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         """A row of the table: mean losses of the epoch, photos a second, metrics."""
         means = {name: value / self.photos for name, value in self.sums.items()}
         row = {"epoch": epoch, **means, "photos_per_s": self.photos / self.seconds, **metrics}
+        if self.bar is not None and self.bar.disable:  # no terminal: a line an epoch instead of the bar
+            said = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+            left = timedelta(seconds=round(self.seconds * (epochs - epoch)))
+            print(f"epoch {epoch} of {epochs}: {said}; about {left} left", file=sys.stderr, flush=True)
         self.rows.append({name: float(value) if name != "epoch" else value for name, value in row.items()})
         self.sums, self.photos, self.seconds, self.clock = {}, 0, 0.0, time.perf_counter()
         if self.main:

@@ -115,6 +115,7 @@ def test_imagenet(imagenet):
     train = ILSVRC(imagenet)
     assert train.class_names == ["n01", "n02"] and [p.label for p in train.photos] == [0, 1]
     val = ILSVRC(imagenet, "val", imagenet / "xml")
+    assert val.single_precision and not ImageFolder(imagenet / "train").single_precision
     assert [(p.id, p.label, p.boxes) for p in val.photos] == [
         ("v1", 1, ((0, 1, 7, 6), (3, 1, 7, 6))),
         ("v2", 0, ((2, 1, 7, 6),)),
@@ -128,6 +129,16 @@ def test_imagenet_boxes_as_csv_and_list(imagenet):
     plain, listed = ILSVRC(imagenet, "val", table), ILSVRC(imagenet, "val", table, imagenet / "list.txt")
     assert [p.id for p in listed.photos] == ["v2", "v1"]
     assert sorted(listed.photos, key=lambda p: p.id) == plain.photos == ILSVRC(imagenet, "val", imagenet / "xml").photos
+    text = imagenet / "val_gt.txt"
+    for content in (
+        "n02\\\\v1.JPEG 9 8 ; 0 1 7 6 3 1 7 6\nn01\\\\v2.JPEG 9 8 ; 2 1 7 6\n",
+        "n02/v1.JPEG 1 0 1 7 6 3 1 7 6\nn01/v2.JPEG 0 2 1 7 6\n",
+    ):
+        text.write_text(content)
+        assert ILSVRC(imagenet, "val", text).photos == plain.photos
+    text.write_text("n02/v1.JPEG 1 0 1 7 6 3 1 7\n")
+    with pytest.raises(DataError, match="val_gt.txt, line 1: expected four numbers a box"):
+        ILSVRC(imagenet, "val", text)
     table.write_text("v1,n02 0 1 7\n")
     with pytest.raises(DataError, match="boxes.csv, line 1: expected ImageId"):
         ILSVRC(imagenet, "val", table)
@@ -157,6 +168,19 @@ def test_cub_splits(tmp_path):
     assert [p.id for p in CUB200(tmp_path, "test").photos] == ["2"]
     with pytest.raises(ConfigError, match="split must be one of train, test"):
         CUB200(tmp_path, "val")
+
+
+def test_cub_as_text_lists(tmp_path):
+    for name in ("train/a/1.jpg", "train/b/2.jpg", "test/b/3.jpg"):
+        photo(tmp_path / name)
+    (tmp_path / "test_list.txt").write_text("b/3.jpg;1\n")
+    (tmp_path / "test_gt.txt").write_text("1 2 5 6 8 9\n")
+    assert [p.label for p in CUB200(tmp_path).photos] == [0, 1]
+    (test,) = CUB200(tmp_path, "test").photos
+    assert (test.label, test.boxes) == (1, ((1, 2, 5, 6),))
+    (tmp_path / "test_gt.txt").write_text("1 2 5 6 8 9\n1 2 5 6 8 9\n")
+    with pytest.raises(DataError, match="holds 2 boxes, test_list.txt 1 photos"):
+        CUB200(tmp_path, "test")
 
 
 @pytest.fixture

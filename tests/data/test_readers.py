@@ -44,8 +44,8 @@ def test_cub(cub):
     [
         ("bounding_boxes.txt", "1 60 27 325 304\n2 1 2 3\n", "bounding_boxes.txt, line 2: expected 5 columns"),
         ("bounding_boxes.txt", "1 60 27 325 304\n", "images.txt, line 2: image 2 is not in bounding_boxes.txt"),
-        ("bounding_boxes.txt", "1 a 27 325 304\n2 1 2 3 4\n", "bounding_boxes.txt: could not convert"),
-        ("images.txt", "1 001.A/a.jpg\n2 002.B/c.jpg\n", "1 photos are missing, the first is 002.B/c.jpg"),
+        ("bounding_boxes.txt", "1 a 27 325 304\n2 1 2 3 4\n", "bounding_boxes.txt, line 1: could not convert"),
+        ("images.txt", "1 001.A/a.jpg\n2 002.B/c.jpg\n", "1 of 2 photos are missing: 002.B/c.jpg"),
     ],
 )
 def test_malformed_cub_files_are_named(cub, name, text, message):

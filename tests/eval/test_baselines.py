@@ -34,6 +34,14 @@ def test_class_activation_is_the_class_map(net, x):
     torch.testing.assert_close(got, (wanted - wanted.min()) / (wanted.max() - wanted.min()))
 
 
+@pytest.mark.parametrize("name", ["cam", "gradcam"])
+def test_maps_of_given_classes(net, x, name):
+    maps = BASELINES[name](net)
+    plain = maps(x)
+    top = plain["logits"].argmax(1)
+    assert torch.equal(maps(x, top)["map"], plain["map"]) and not torch.equal(maps(x, 1 - top)["map"], plain["map"])
+
+
 def test_grad_cam_is_the_gradient(net, x):
     # by finite differences: the logit's change along the tokens' own direction of one patch
     last = net.blocks[-1]

@@ -1,14 +1,22 @@
 """From photos to a report: predictions, threshold selection, the table."""
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_training import model
 
 from pro2sam_fast.data.localization import ImageFolder
 from pro2sam_fast.errors import ConfigError, DataError
+from pro2sam_fast.eval.baselines import ClassActivation
+from pro2sam_fast.eval.box_accuracy import MaxBoxAcc
 from pro2sam_fast.eval.localization import LocalizationAccuracy
-from pro2sam_fast.eval.maps import evaluate_maps, predict_maps
+from pro2sam_fast.eval.maps import evaluate_maps, evaluate_pixels, predict_maps
+from pro2sam_fast.eval.protocols import PROTOCOLS, prepare_score_maps, transform_boxes
+from pro2sam_fast.eval.pxap import PxAP, ground_truth_pixels
 from pro2sam_fast.eval.table import read_records, write_records
 
 
@@ -49,6 +57,57 @@ def test_a_report(data, rules, tmp_path):
     restored = np.stack([r.ious for r in again.records.values()])
     best = 100 * (restored >= 0.5).mean(0).max()
     assert best == report.curves["box_acc@0.5"].max()
+
+
+def test_wsoleval_reports_its_own_metrics(data):
+    found = predict_maps(brightness, data, "wsoleval")
+    boxes = [transform_boxes(p.boxes, (160, 120), PROTOCOLS["wsoleval"]) for p in data.photos]
+    maps = prepare_score_maps(torch.from_numpy(found.maps))
+    report = evaluate_maps(found, data, "wsoleval")
+    for name, metric in (("MaxBoxAcc", MaxBoxAcc()), ("MaxBoxAccV2", MaxBoxAcc((0.3, 0.5, 0.7), multi_contour=True))):
+        metric.update(maps, boxes)
+        assert report.sweeps[name] == metric.compute()
+    assert evaluate_maps(found, data, "direct224").sweeps == {}
+
+
+def test_class_maps_are_those_of_the_annotated_class(data):
+    net = model(gate="none").eval()
+    labels = torch.tensor([p.label for p in data.photos])
+    seen = []
+
+    class Watched(ClassActivation):
+        def scores(self, x, classes=None):
+            seen.append(classes)
+            return super().scores(x, classes)
+
+    predict_maps(Watched(net), data, "sat")
+    data.class_names = ["other", *data.class_names]
+    predict_maps(Watched(net), data, "sat")
+    assert torch.equal(seen[0], labels) and seen[1] is None, "classes of other data say nothing"
+
+
+def test_pixels(data, tmp_path):
+    rng = np.random.default_rng(0)
+    photos = []
+    for i, photo in enumerate(data.photos):
+        paths = [tmp_path / f"{i}_{k}.png" for k in range(3)]
+        for path in paths:
+            Image.fromarray(((rng.random((101, 311)) < 0.3) * 255).astype(np.uint8)).save(path)
+        photos.append(replace(photo, boxes=(), masks=tuple(paths[:2]), ignore=paths[2] if i else None))
+    data.photos = photos
+    found = predict_maps(brightness, data, "wsoleval")
+    wanted = PxAP()
+    for photo, coarse in zip(photos, found.maps):
+        read = [cv2.imread(str(p), 0) for p in (*photo.masks, *([photo.ignore] if photo.ignore else []))]
+        small = [cv2.resize(m, (224, 224), interpolation=cv2.INTER_NEAREST) for m in read]
+        scores = prepare_score_maps(torch.from_numpy(coarse)[None])[0]
+        wanted.update(scores, ground_truth_pixels(small[:2], small[2] if photo.ignore else None))
+    report = evaluate_pixels(found, data)
+    assert report.pxap == wanted.compute() and len(report.foreground) == 6
+    assert np.array_equal(report.background.sum(0), wanted.background)
+    data.photos[3] = replace(data.photos[3], masks=())
+    with pytest.raises(DataError, match="red/0.png' has no annotated mask"):
+        evaluate_pixels(found, data)
 
 
 def test_ten_crops_decide_the_class_only(data):

@@ -28,6 +28,11 @@ def test_annotated_boxes_follow_the_view(name, box, size, wanted, single_precisi
     assert tuple(transform_boxes([box], size, PROTOCOLS[name], single_precision)[0]) == wanted
 
 
+def test_wsoleval_boxes_end_at_the_last_pixel():
+    # int(334 * 224 / 335) and not int(335 * 224 / 335)
+    assert transform_boxes([(0, 9, 500, 335)], (500, 335), PROTOCOLS["wsoleval"]).tolist() == [[0, 6, 223, 223]]
+
+
 def test_a_box_outside_the_crop_is_inverted():
     box = transform_boxes([(0, 0, 10, 300)], (500, 375), PROTOCOLS["sat"])[0]
     assert box[2] < box[0]

@@ -1,6 +1,9 @@
 """The commands train and evaluate, from photos on disk to the report."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -67,7 +70,7 @@ def test_a_report(trained, photos, tmp_path, capsys):
         "--sam-input",
         "native",
     ]
-    galleries = ["--galleries", str(tmp_path / "galleries"), "--ablation", "matching"]
+    galleries = ["--galleries", str(tmp_path / "galleries"), "--ablation", "matching,tokens"]
     for folder in ("first", "second"):
         assert main(["evaluate", *options, *more, *galleries, "--output", str(tmp_path / folder)]) == 0
     assert "report.md" in capsys.readouterr().out
@@ -85,8 +88,47 @@ def test_a_report(trained, photos, tmp_path, capsys):
     assert "Top-1 Loc" in first["maps"][0]["metrics"] and "Top-1 Loc" not in first["maps"][2]["metrics"]
     report = (tmp_path / "first" / "report.md").read_text()
     assert "oracle" in report and "protocol `wsoleval`" in report and "similarity bbox" in report
+    for head in ("MaxBoxAccV2", "| matching | IoU 50 | IoU 60 |", "| query tokens | parameters (M) |"):
+        assert head in report
+    curve = np.loadtxt(
+        tmp_path / "first" / (first["maps"][0]["records"][:-4] + "_curves.csv"), delimiter=",", skiprows=1
+    )
+    assert curve.shape == (100, 4)
     with Image.open(tmp_path / "first" / "best_and_worst.jpg") as sheet:
         assert sheet.width > 224
+
+
+def test_a_threshold_from_other_photos(trained, photos, tmp_path):
+    options = ["--data", "folder", "--root", str(photos), "--boxes", str(photos / "boxes.csv"), "--fixed", "0.2,0.5"]
+    val = ["--val-root", str(photos), "--val-boxes", str(photos / "boxes.csv")]
+    assert main(["evaluate", *options, *val, "--coarse", str(trained), "--output", str(tmp_path)]) == 0
+    (entry,) = json.loads((tmp_path / "summary.json").read_text())["maps"]
+    assert entry["selection"] == "val_split" and list(entry["fixed"]) == ["0.2", "0.5"]
+    assert entry["metrics"]["GT-known"] >= max(metrics["GT-known"] for metrics in entry["fixed"].values())
+
+
+def test_pixels_on_all_ranks(photos, tmp_path):
+    """OpenImages' masks, and the processes of torchrun: every photo counts once."""
+    (tmp_path / "ids").mkdir()
+    ids = [p.id for p in ImageFolder(photos).photos]
+    for key in ids:
+        mask = Image.fromarray(np.asarray(Image.open(photos / key)).max(2).astype(np.uint8) // 200 * 255)
+        (tmp_path / key).parent.mkdir(exist_ok=True)
+        mask.save(tmp_path / key)
+    (tmp_path / "ids" / "image_ids.txt").write_text("\n".join(ids))
+    (tmp_path / "ids" / "class_labels.txt").write_text("\n".join(f"{key},0" for key in ids))
+    (tmp_path / "ids" / "localization.txt").write_text("\n".join(f"{key},{key}," for key in ids))
+    (tmp_path / "run.py").write_text("from pro2sam_fast.cli import main\nraise SystemExit(main())")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "run.py"), "evaluate", "--data", "wsol", "--root", str(photos), "--device", "cpu"]
+    command += ["--boxes", str(tmp_path), "--metadata", str(tmp_path / "ids"), "--output", str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    entries = json.loads((tmp_path / "out" / "summary.json").read_text())["pixels"]
+    with np.load(tmp_path / "out" / entries[0]["records"]) as records:
+        assert records["ids"].tolist() == ids
+        assert (records["foreground"] + records["background"]).sum(1).tolist() == [224 * 224] * 6
+    assert 30 < entries[0]["PxAP"] <= 100
+    assert "PxAP" in (tmp_path / "out" / "report.md").read_text()
 
 
 class Counting:

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from toy_training import config, model, rank_main, train, write_photos
 
+from pro2sam_fast.commands.train import _recipe, parser
 from pro2sam_fast.data.localization import ImageFolder
 from pro2sam_fast.errors import ConfigError
 from pro2sam_fast.train.checkpoint import load_latest
@@ -163,6 +164,39 @@ def test_divergence_keeps_the_batch(photos, tmp_path):
         train_gtformer(net, ImageFolder(photos), tmp_path / "run", config())
     saved = torch.load(tmp_path / "run" / "diverged_0.pt", weights_only=True)
     assert saved["images"].shape == (4, 3, 224, 224) and len(saved["indices"]) == 4
+
+
+def test_a_gradient_that_is_not_finite_stops_too(photos, tmp_path):
+    net = model()
+    net.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingDivergedError, match="'gradient_norm': (inf|nan)"):
+        train_gtformer(net, ImageFolder(photos), tmp_path / "run", config())
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_epochs_are_kept_and_told(photos, tmp_path, capsys):
+    options = config(epochs=2, keep_epochs=True)
+    last = train_gtformer(model(), ImageFolder(photos), tmp_path / "run", options)
+    assert not same(tmp_path / "run" / "epoch_1.safetensors", last)
+    assert same(tmp_path / "run" / "epoch_2.safetensors", last)
+    first, second = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert first.startswith("epoch 1 of 2: loss ") and "photos_per_s" in first and "about 0:00:" in second
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("--data cub", {}),
+        ("--data cub --preset paper", {"betas": (0.9, 0.99), "weight_decay": 5e-4, "batch_size": 128}),
+        ("--data cub --lr 0.1 --no-decay-embeddings", {"lr": 0.1, "decay_embeddings": False}),
+        ("--data ilsvrc --preset sat --epochs 2", {"epochs": 2, "batch_size": 512, "lr": 1.5e-5}),
+        ("--data ilsvrc --preset sat", {"epochs": 1, "drop_last": True, "keep_epochs": True}),
+    ],
+)
+def test_published_recipes(options, wanted):
+    arguments = parser().parse_args(["gtformer", *options.split()])
+    recipe = _recipe(arguments, arguments.preset or "default")
+    assert wanted.items() <= recipe.items() and (wanted or recipe == {})
 
 
 def test_every_photo_once_an_epoch(photos):
