@@ -55,7 +55,7 @@ def parser() -> ArgumentParser:
         metavar="NAMES",
         help="comma-separated: 'lite' (bundled), 'cam' (its trunk's class activation map), a run folder or weights of "
         "pro2sam-fast train, an official GTFormer or SAT checkpoint; cam:, gradcam: or rollout: before one of these "
-        "gives that baseline of it",
+        "gives that baseline of it (of the annotated class where the data's classes are the model's)",
     )
     group.add_argument("--protocol", type=str, default="sat", metavar="NAMES", help="sat, direct224, wsoleval, tscam")
     group.add_argument(

@@ -265,7 +265,7 @@ def _ilsvrc_boxes(path: Path) -> dict[str, tuple[str, tuple]]:
 
 def _text_boxes(path: Path) -> Iterator[tuple[str, str, tuple]]:
     for number, fields in rows(path, range(6, 10_000)):
-        *_, wnid, name = ["", *fields[0].replace("\\", "/").split("/")]
+        *_, wnid, name = ["", *Path(fields[0].replace("\\", "/")).parts]
         corners = fields[4:] if fields[3] == ";" else fields[2:]
         if not corners or len(corners) % 4:
             raise DataError(f"{path}, line {number}: expected four numbers a box, found {len(corners)}.")

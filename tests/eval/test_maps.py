@@ -11,6 +11,7 @@ from toy_training import model
 
 from pro2sam_fast.data.localization import ImageFolder
 from pro2sam_fast.errors import ConfigError, DataError
+from pro2sam_fast.eval import maps
 from pro2sam_fast.eval.baselines import ClassActivation
 from pro2sam_fast.eval.box_accuracy import MaxBoxAcc
 from pro2sam_fast.eval.localization import LocalizationAccuracy
@@ -62,10 +63,10 @@ def test_a_report(data, rules, tmp_path):
 def test_wsoleval_reports_its_own_metrics(data):
     found = predict_maps(brightness, data, "wsoleval")
     boxes = [transform_boxes(p.boxes, (160, 120), PROTOCOLS["wsoleval"]) for p in data.photos]
-    maps = prepare_score_maps(torch.from_numpy(found.maps))
+    prepared = prepare_score_maps(torch.from_numpy(found.maps))
     report = evaluate_maps(found, data, "wsoleval")
     for name, metric in (("MaxBoxAcc", MaxBoxAcc()), ("MaxBoxAccV2", MaxBoxAcc((0.3, 0.5, 0.7), multi_contour=True))):
-        metric.update(maps, boxes)
+        metric.update(prepared, boxes)
         assert report.sweeps[name] == metric.compute()
     assert evaluate_maps(found, data, "direct224").sweeps == {}
 
@@ -108,6 +109,18 @@ def test_pixels(data, tmp_path):
     data.photos[3] = replace(data.photos[3], masks=())
     with pytest.raises(DataError, match="red/0.png' has no annotated mask"):
         evaluate_pixels(found, data)
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_ranks_share_the_photos(data, world, monkeypatch):
+    whole, shares = predict_maps(brightness, data), []
+    monkeypatch.setattr(maps, "gathered", lambda mine: shares.append(mine) or shares)
+    for rank in range(world):
+        monkeypatch.setattr(maps, "ranks", lambda rank=rank: (rank, world))
+        found = maps.predict_on_all_ranks(brightness, data)
+    assert sum(len(share.ids) for share in shares) == 6
+    assert found.ids == whole.ids and found.sizes == whole.sizes
+    assert np.array_equal(found.maps, whole.maps) and np.array_equal(found.scores, whole.scores)
 
 
 def test_ten_crops_decide_the_class_only(data):
