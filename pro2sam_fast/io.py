@@ -49,30 +49,10 @@ __all__ = [
 MAX_PIXELS = 89_478_485
 """Default limit on width x height of a file, Pillow's own (1 GiB at 4 bytes x 3 bands). `None` lifts it."""
 
-IMAGE_EXTENSIONS = frozenset(
-    {
-        ".avif",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".mpo",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".qoi",
-        ".tif",
-        ".tiff",
-        ".webp",
-    }
-)
+IMAGE_EXTENSIONS = frozenset({
+    ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp",
+})
 """What counts as a photo when a folder or a glob is searched (case ignored). A file named explicitly may have any name.
 """
 
