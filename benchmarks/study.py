@@ -2,8 +2,9 @@
 
     python benchmarks/run.py study --data DATA --runs RUNS [--seeds 0,1,2] [--epochs 25] [--images-per-class K]
 
-DATA is a CUB-200-2011 folder, whole or cut to fewer classes. The networks are those of arch "lite": frozen EfficientNet-Lite0 features, so that a CPU will do. A map's threshold is the
-best on the training photos' boxes, never on those it is scored on. Runs that were interrupted go on.
+DATA is a CUB-200-2011 folder, whole or cut to fewer classes. The networks are those of arch "lite": frozen
+EfficientNet-Lite0 features, so that a CPU will do. A map's threshold is the best on the training photos' boxes, never
+on those it is scored on. Runs that were interrupted go on.
 """
 
 from __future__ import annotations
