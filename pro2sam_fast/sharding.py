@@ -74,10 +74,9 @@ def workers(build: Build, devices: Sequence[str], size: int) -> Iterator[tuple[C
         yield lambda items: iter(work(items)), facts
         return
     crew: list[_Worker] = []
-    threads = max(1, torch.get_num_threads() // len(devices))  # they share the processor
     with contextlib.ExitStack() as ending:
         for device in devices:
-            crew.append(_Worker(build, device, threads))
+            crew.append(_Worker(build, device))
             ending.callback(crew[-1].stop)
         facts = [worker.ready() for worker in crew]
         yield lambda items: _in_order(crew, items, size), facts[0]
@@ -120,11 +119,11 @@ def _in_order(crew: list[_Worker], items: Iterable, size: int) -> Iterator:
 class _Worker:
     """A process that answers (results, what it raised) to every list of items."""
 
-    def __init__(self, build: Build, device: str, threads: int):
+    def __init__(self, build: Build, device: str):
         self.device = device
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, _pickled(build), device, threads)
+        arguments = (theirs, _pickled(build), device, torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name=f"pro2sam-fast {device}")
         with _without_interrupts():
             self._process.start()
