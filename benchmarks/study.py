@@ -40,11 +40,9 @@ def trained(method: str, seed: int, data, run: Path, epochs: int) -> torch.nn.Mo
     from pro2sam_fast.train.gtformer import TrainConfig, train_gtformer
     from pro2sam_fast.train.losses import LOSS_PRESETS
 
-    preset = "sat" if method == "sat" else "default"
-    spec = ModelSpec("lite", tuple(data.class_names), preset, {"gate": "none"} if method == "cam" else {})
+    preset = "default" if method == "gtformer" else method
+    spec = ModelSpec("lite", tuple(data.class_names), preset)
     losses = replace(LOSS_PRESETS[preset], area_target=0.25)
-    if method == "cam":
-        losses = replace(losses, lambda1=0.0, lambda2=0.0)
     if not (run / "last.safetensors").exists():
         torch.manual_seed(seed)
         model = build_trained(spec, trunk=load_lite().classifier.trunk)

@@ -137,12 +137,12 @@ def _run_gtformer(arguments: Namespace) -> int:
     options = {"images_per_class": arguments.images_per_class}
     data = open_dataset(arguments.data, arguments.root, True, metadata=arguments.metadata, **options)
     cam = arguments.what == "cam"
-    preset = arguments.preset or ("sat" if arguments.what == "sat" else "default")
+    preset = arguments.preset or ("default" if arguments.what == "gtformer" else arguments.what)
     if arguments.preset is not None and arguments.what != "gtformer":
         raise ConfigError(f"{arguments.what} has no presets; leave --preset out")
     shape = {"num_query_tokens": arguments.query_tokens, "drop_path": arguments.drop_path}
     shape = {name: value for name, value in shape.items() if value is not None}
-    spec = ModelSpec(arguments.arch, tuple(data.class_names), preset, {**shape, **({"gate": "none"} if cam else {})})
+    spec = ModelSpec(arguments.arch, tuple(data.class_names), preset, shape)
     torch.manual_seed(6 if arguments.seed is None else arguments.seed)
     if arguments.arch == "lite":
         model = build_trained(spec, trunk=load_lite().classifier.trunk)
@@ -152,9 +152,8 @@ def _run_gtformer(arguments: Namespace) -> int:
     area = arguments.area_target
     if area is None:
         area = AREA_TARGETS["cub" if arguments.data == "cub" else "ilsvrc"]
-    losses = replace(LOSS_PRESETS[preset], area_target=area)
     config = TrainConfig(
-        losses=replace(losses, lambda1=0.0, lambda2=0.0) if cam else losses,
+        losses=replace(LOSS_PRESETS[preset], area_target=area),
         amp="bfloat16" if arguments.amp else None,
         auto_batch=arguments.auto_batch,
         **recipe,

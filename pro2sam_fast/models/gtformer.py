@@ -37,6 +37,7 @@ PRESETS: dict[str, dict] = {
     "official": {"global_proj": "official_shared"},
     "paper": {},
     "sat": {"num_query_tokens": 1, "query_source": "learned"},
+    "cam": {"gate": "none"},
 }
 
 

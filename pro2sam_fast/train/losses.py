@@ -67,6 +67,7 @@ LOSS_PRESETS = {
     "official": LossConfig(),
     "paper": LossConfig(scheme="mean_map_only"),
     "sat": LossConfig(scheme="sat", lambda2=0.0),
+    "cam": LossConfig(lambda1=0.0, lambda2=0.0),
 }
 
 
