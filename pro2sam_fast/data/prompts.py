@@ -15,7 +15,7 @@ from torch import Tensor
 from .segments import SegmentedPhoto
 
 # share of a batch drawn from each kind of source
-KIND_WEIGHTS = {"coco": 0.20, "bsds": 0.15, "foreground": 0.65}
+KIND_WEIGHTS = {"coco": 0.32, "bsds": 0.16, "foreground": 0.52}
 TARGETS = 3
 _MIN_AREA = 24
 
@@ -68,7 +68,7 @@ class PromptDataset(torch.utils.data.Dataset):
         for _ in range(self.batch):
             kind = self.kinds[rng.choice(len(self.kinds), p=self.weights)]
             photo = self.photos[int(rng.choice(self.by_kind[kind]))]
-            if kind == "foreground" and rng.random() < 0.3:
+            if self.by_kind["foreground"] and rng.random() < 0.3:
                 photo = _copy_paste(photo, self.photos[int(rng.choice(self.by_kind["foreground"]))], rng)
             image, maps, inside = augment(photo, self.size, rng)
             images.append(image)
@@ -133,7 +133,7 @@ def augment(photo: SegmentedPhoto, size: int, rng: np.random.Generator) -> tuple
 
 
 def _copy_paste(photo: SegmentedPhoto, other: SegmentedPhoto, rng: np.random.Generator) -> SegmentedPhoto:
-    # the other photo's object, scaled, at a random place of this one: ids 1 own object, 2 background, 3 pasted
+    # the other photo's foreground object, scaled, at a random place of this one, as a segment of its own in every map
     ys, xs = np.nonzero(other.maps[0] == 1)
     box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
     h, w = photo.image.shape[:2]
@@ -144,12 +144,13 @@ def _copy_paste(photo: SegmentedPhoto, other: SegmentedPhoto, rng: np.random.Gen
         Image.fromarray((other.maps[0] == 1).astype(np.uint8) * 255).resize((nw, nh), Image.BILINEAR, box=box)
     )
     x, y = int(rng.integers(0, w - nw + 1)), int(rng.integers(0, h - nh + 1))
-    image, label_map = photo.image.copy(), photo.maps[0].copy()
+    image, maps = photo.image.copy(), photo.maps.copy()
+    pasted = max(3, min(255, int(maps.max()) + 1))  # 2 is background in a foreground photo, whether seen or not
     region = image[y : y + nh, x : x + nw]
     share = alpha[..., None].astype(np.float32) / 255
     image[y : y + nh, x : x + nw] = (region * (1 - share) + patch * share + 0.5).astype(np.uint8)
-    label_map[y : y + nh, x : x + nw][alpha > 127] = 3
-    return SegmentedPhoto(image, label_map[None], "foreground", (1, 3))
+    maps[:, y : y + nh, x : x + nw][:, alpha > 127] = pasted
+    return SegmentedPhoto(image, maps, photo.kind, (*photo.things, pasted))
 
 
 def _sample_prompt(maps: np.ndarray, kind: str, mode: str, rng: np.random.Generator):

@@ -45,6 +45,7 @@ class SamLiteConfig:
     clip: float = 1.0
     ema: float = 0.998
     affinity_weight: float = 0.3
+    iou_weight: float = 1.0
     seed: int = 0
     save_every: int = 200
 
@@ -94,7 +95,7 @@ def forward_batch(sam: Sam, trunk: EfficientNetLite0, batch: PromptBatch) -> tup
     return sam.mask_decoder.upscale(decoded), decoded.iou, embedding
 
 
-def mask_losses(logits: Tensor, iou: Tensor, batch: PromptBatch) -> dict[str, Tensor]:
+def mask_losses(logits: Tensor, iou: Tensor, batch: PromptBatch, iou_weight: float = 1.0) -> dict[str, Tensor]:
     """Mask and IoU losses of a batch; logits (B, 4, m, m), iou (B, 4).
 
     A target is explained by the best of masks 1..3; mask 0 explains the first target. The other masks get a small
@@ -126,7 +127,7 @@ def mask_losses(logits: Tensor, iou: Tensor, batch: PromptBatch) -> dict[str, Te
     seen = any_target.sum().clamp(min=1)
     picked = true[:, 1:, 0].gather(1, iou[:, 1:].argmax(1, keepdim=True))
     return {
-        "loss": multi + 0.5 * first + iou_loss,
+        "loss": multi + 0.5 * first + iou_weight * iou_loss,
         "mask": multi.detach(),
         "iou_loss": iou_loss.detach(),
         "best_iou": (true[:, 1:, 0].max(1).values.sum() / seen).detach(),
@@ -209,7 +210,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
                 group["lr"] = learning_rate(step - 1, config)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, iou, embedding = forward_batch(sam, trunk, batch)
-                out = mask_losses(logits, iou, batch)
+                out = mask_losses(logits, iou, batch, config.iou_weight)
                 out["affinity"] = affinity(embedding, batch.labels)
             loss = out["loss"] + config.affinity_weight * out["affinity"]
             if not torch.isfinite(loss):
