@@ -125,7 +125,7 @@ class _Worker:
         self._connection, theirs = context.Pipe()
         arguments = (theirs, _pickled(build), device, torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name=f"pro2sam-fast {device}")
-        with _without_interrupts():
+        with _without_interrupts(), _patient_threads():
             self._process.start()
         theirs.close()
 
@@ -234,3 +234,19 @@ def _without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _patient_threads() -> Iterator[None]:
+    """OpenMP threads of what starts inside the block sleep while they wait.
+
+    By default they spin, and where two processes share the cores, each then spins away the time the other needs.
+    """
+    if "OMP_WAIT_POLICY" in os.environ:
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]
