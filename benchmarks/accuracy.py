@@ -1,14 +1,15 @@
 """Accuracy of the bundled `lite` model (or of a model folder) on annotated photos, as JSON rows.
 
-    python benchmarks/run.py accuracy --data DATA [--model lite] [--parts cub,cam,clicks,things,labels]
+    python benchmarks/run.py accuracy --data DATA [--model lite] [--parts cub,cam,clicks,regions,things,labels]
 
-DATA holds cub10/CUB_200_2011, coco200 and imagenet1k_one_per_class (see pro2sam_fast/weights/README.md). Rows are
-appended to benchmarks/results/accuracy.jsonl, or to --output.
+DATA holds cub10/CUB_200_2011, coco200, bsds500 and imagenet1k_one_per_class (see pro2sam_fast/weights/README.md). Rows
+are appended to benchmarks/results/accuracy.jsonl, or to --output, and name the weights by their SHA-256.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 from rows import RESULTS, append, environment
 
 import pro2sam_fast
+from pro2sam_fast.models.lite import WEIGHTS
 
-PARTS = ("cub", "cam", "clicks", "things", "labels")
+PARTS = ("cub", "cam", "clicks", "regions", "things", "labels")
 
 
 def measure(part: str, localizer, data: Path, split: str) -> tuple[str, int, dict[str, float]]:
@@ -40,13 +42,14 @@ def measure(part: str, localizer, data: Path, split: str) -> tuple[str, int, dic
         paths = sorted((data / "imagenet1k_one_per_class").iterdir())
         top1 = accuracy.label_accuracy(localizer, paths)
         return "label, one photo for each ImageNet class", len(paths), {"top1": top1}
+    if part == "regions":
+        photos = accuracy.bsds_segments(data / "bsds500", coco_split)
+        metrics = accuracy.click_accuracy(localizer.sam, photos)
+        return f"one centre click, BSDS {coco_split} segments", len(photos), metrics
     photos = accuracy.coco_things(data / "coco200", coco_split)
     if part == "clicks":
-        return (
-            f"one centre click, COCO {coco_split} things",
-            len(photos),
-            accuracy.click_accuracy(localizer.sam, photos),
-        )
+        metrics = accuracy.click_accuracy(localizer.sam, photos)
+        return f"one centre click, COCO {coco_split} things", len(photos), metrics
     photos = [(photo, things) for photo, things in photos if things]
     results = localizer([photo.image for photo, _ in photos])
     return f"box hits a thing, COCO {coco_split}", len(photos), {"hit@0.5": accuracy.things_hit(results, photos)}
@@ -63,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cpu")
+    weights = WEIGHTS if arguments.model == "lite" else Path(arguments.model)
+    weights = weights / WEIGHTS.name if weights.is_dir() else weights
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     localizer = pro2sam_fast.load(arguments.model, device=device, dtype=arguments.dtype)
     for part in arguments.parts.split(","):
         case, photos, metrics = measure(part, localizer, arguments.data, arguments.split)
@@ -71,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             "what": "accuracy",
             "case": case,
             "model": arguments.model,
+            "weights": digest,
             "dtype": arguments.dtype,
             "photos": photos,
             "metrics": {name: round(value, 4) for name, value in metrics.items()},

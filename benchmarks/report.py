@@ -1,4 +1,5 @@
-"""benchmarks/REPORT.md, its plots and the marked blocks of README.md, all from the rows in benchmarks/results.
+"""benchmarks/REPORT.md, its plots and the marked blocks of README.md and of the model card, all from the rows in
+benchmarks/results.
 
     python benchmarks/report.py            # write them (the plots need matplotlib)
     python benchmarks/report.py --check    # exit status 1 if what is there doesn't match the rows
@@ -21,11 +22,13 @@ import waterfall
 from rows import RESULTS, ROOT, read
 from tables import ballpark, newest, reference, table
 
-__all__ = ["differences", "main", "readme", "render"]
+__all__ = ["differences", "main", "render", "with_blocks"]
 
 PAGE = ROOT / "benchmarks" / "REPORT.md"
 PLOTS = ROOT / "benchmarks" / "plots"
 README = ROOT / "README.md"
+CARD = ROOT / "pro2sam_fast" / "weights" / "README.md"
+WEIGHTS = CARD.with_name("lite.safetensors")
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end rows -->)", re.DOTALL)
 KINDS = {
     "pipeline": "The whole program",
@@ -35,7 +38,7 @@ KINDS = {
     "training": "Training",
     "scaling": "Scaling",
 }
-UNTIMED = ("accuracy", "exactness")
+UNTIMED = ("accuracy", "study", "exactness")
 INTRODUCTION = """# Benchmark report
 
 Made by `python benchmarks/report.py` from the rows in [`results`](results); a test fails when they differ. Each line
@@ -77,31 +80,32 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if something is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows")
-    parser.add_argument("--output", type=Path, help="folder for the page and plots instead; README.md stays as it is")
+    parser.add_argument("--output", type=Path, help="folder for the page and plots; other pages stay as they are")
     arguments = parser.parse_args(argv)
     rows = list(read(arguments.results))
     page, plots = (arguments.output / "REPORT.md", arguments.output / "plots") if arguments.output else (PAGE, PLOTS)
     if arguments.check:
-        found = differences(rows, page, plots, None if arguments.output else README)
+        found = differences(rows, page, plots, () if arguments.output else (README, CARD))
         for problem in found:
             print(f"report.py: {problem}; run python benchmarks/report.py", file=sys.stderr)
         return 1 if found else 0
     draw(rows, plots)
     page.write_text(render(rows), encoding="utf-8")
-    if not arguments.output:
-        README.write_text(readme(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    for path in () if arguments.output else (README, CARD):
+        path.write_text(with_blocks(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
     return 0
 
 
-def differences(rows: list[dict], page: Path, plots: Path, readme_file: Path | None) -> list[str]:
-    """What doesn't match the rows, a sentence each. Needs no matplotlib: a plot says which series it shows."""
+def differences(rows: list[dict], page: Path, plots: Path, others: Iterable[Path] = ()) -> list[str]:
+    """What doesn't match the rows, a sentence each; `others` are pages with marked blocks. Needs no matplotlib: a plot
+    says which series it shows."""
     found = []
     if not page.exists() or page.read_text(encoding="utf-8") != render(rows):
         found.append(f"{page.name} doesn't match the rows")
-    if readme_file:
-        text = readme_file.read_text(encoding="utf-8")
-        if text != readme(text, rows):
-            found.append("a block of README.md doesn't match the rows")
+    for path in others:
+        text = path.read_text(encoding="utf-8")
+        if text != with_blocks(text, rows):
+            found.append(f"a block of {path.relative_to(ROOT)} doesn't match the rows")
     expected = {plot_name(row): fingerprint(row) for row in plotted(rows)}
     there = {path.name: path.read_text(encoding="utf-8") for path in plots.glob("*.svg")}
     found += [
@@ -112,10 +116,10 @@ def differences(rows: list[dict], page: Path, plots: Path, readme_file: Path | N
 
 def render(rows: list[dict]) -> str:
     """REPORT.md."""
-    quality, exact = (newest(row for row in rows if row["what"] == what) for what in UNTIMED)
+    quality, study, exact = (newest(row for row in rows if row["what"] == what) for what in UNTIMED)
     timed = [row for row in rows if row["what"] not in UNTIMED]
     shown = [row for row in newest(timed) if row["provider"] != "base"]
-    names = tables.machines(shown + quality + exact)
+    names = tables.machines(shown + quality + study + exact)
     parts = [INTRODUCTION, "## Machines", _machine_table(names), tables.ceilings(shown, names)]
     for kind, title in KINDS.items():
         own = [row for row in shown if row["kind"] == kind]
@@ -126,17 +130,18 @@ def render(rows: list[dict]) -> str:
             parts += [f"![{row['case']}](plots/{plot_name(row)})" for row in plotted(group)]
     parts += _section("What couldn't run", tables.skipped(shown))
     parts += _section("Accuracy of `lite`", tables.accuracy(quality, names))
+    parts += _section("Methods trained under one recipe", tables.accuracy(study, names))
     exactness = tables.accuracy(exact, names, digits=6)
     parts += _section("Exactness", f"{EXACTNESS}\n\n{exactness}" if exactness else "")
     history = waterfall.histories(timed)
     parts += _section("Our own steps, commit by commit", waterfall.page(history))
     steps = [row for rows_of_case in history.values() for row in rows_of_case]
-    parts += _section("Commands", tables.commands([*quality, *exact, *shown, *steps]))
+    parts += _section("Commands", tables.commands([*quality, *study, *exact, *shown, *steps]))
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def readme(text: str, rows: list[dict]) -> str:
-    """README.md with its marked blocks made anew."""
+def with_blocks(text: str, rows: list[dict]) -> str:
+    """A page with its marked blocks made anew."""
     return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]](rows) + "\n" + found[3], text)
 
 
@@ -157,17 +162,46 @@ def speed(rows: list[dict]) -> str:
     return table(titles, lines) or "No rows yet."
 
 
-def quality(rows: list[dict]) -> str:
-    """The accuracy numbers of the bundled weights."""
-    found = newest(row for row in rows if row["what"] == "accuracy")
+def quality(rows: list[dict], folder: str = "benchmarks/") -> str:
+    """What the bundled weights reach; rows of other weights don't count."""
+    shipped = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     lines = []
-    for row in found:
-        main = {name: value for name, value in row["metrics"].items() if not name.startswith(("source_", "median_"))}
-        lines.append([row["case"], row["photos"], tables.plain(main), reference(row, "benchmarks/")])
-    return table(["what", "photos", "measured", "row"], lines) or "No rows yet."
+    for row in newest(row for row in rows if row["what"] == "accuracy" and row.get("weights") == shipped):
+        shown = {name: value for name, value in row["metrics"].items() if not name.startswith(("source_", "median_"))}
+        lines.append([row["case"], row["dtype"], row["photos"], tables.plain(shown), reference(row, folder)])
+    return table(["what", "dtype", "photos", "measured", "row"], lines) or "No rows yet."
 
 
-BLOCKS: dict[str, Callable[[list[dict]], str]] = {"speed": speed, "accuracy": quality}
+def card(rows: list[dict]) -> str:
+    """The same for the model card, which lies elsewhere."""
+    return quality(rows, "../../benchmarks/")
+
+
+def studies(rows: list[dict]) -> str:
+    """Methods trained under one recipe: mean over the seeds ± standard deviation, in percent."""
+    found = newest(row for row in rows if row["what"] == "study")
+    columns = list(dict.fromkeys(name for row in found for name in row["metrics"] if not name.startswith("± ")))
+    lines = [
+        [row["case"], *(_with_spread(row["metrics"], name) for name in columns), reference(row, "benchmarks/")]
+        for row in found
+    ]
+    return table(["what", *columns, "row"], lines) or "No rows yet."
+
+
+def _with_spread(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return ""
+    digits = 2 if name == "threshold" else 1
+    spread = f" ± {metrics[f'± {name}']:.{digits}f}" if f"± {name}" in metrics else ""
+    return f"{metrics[name]:.{digits}f}{spread}"
+
+
+BLOCKS: dict[str, Callable[[list[dict]], str]] = {
+    "speed": speed,
+    "accuracy": quality,
+    "studies": studies,
+    "card": card,
+}
 
 
 def plotted(rows: Iterable[dict]) -> list[dict]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import spearmanr
 
 from ..boxes import iou_exact, map_box
 from ..data.cub import CubPhoto, load_cub
-from ..data.segments import SegmentedPhoto, coco_panoptic
+from ..data.segments import SegmentedPhoto, bsds, coco_panoptic
 from ..io import read_image
 from ..models.sam import Sam
 from ..pipelines.pro2sam import Localizer
@@ -70,36 +71,66 @@ def coco_things(root: str | Path, split: str = "val") -> list[tuple[SegmentedPho
     return [(p, [t for t in p.things if (p.maps[0] == t).sum() > 32 * 32]) for p in photos]
 
 
-@torch.inference_mode()
-def click_accuracy(sam: Sam, photos: Sequence[tuple[SegmentedPhoto, list[int]]]) -> dict[str, float]:
-    """One click at a thing's centre (its pixel nearest to the centroid).
+def bsds_segments(root: str | Path, split: str = "val") -> list[tuple[SegmentedPhoto, list[int]]]:
+    """Photos with the ids of the first annotator's segments of more than 32 x 32 pixels."""
+    photos = bsds(Path(root), split, long_side=10**9)
+    return [(p, [int(s) for s in np.unique(p.maps[0]) if s and (p.maps[0] == s).sum() > 32 * 32]) for p in photos]
 
-    Returns mean IoU of the best of three masks and of the one with the highest predicted IoU, and the rank correlation
-    of predicted and true IoU over all masks.
+
+def clicks(
+    sam: Sam, photos: Sequence[tuple[SegmentedPhoto, list[int]]]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """One click at the centre of each segment (its pixel nearest to the centroid).
+
+    Yields the segment bool (h, w), three masks bool (3, h, w) and their predicted IoU float (3,).
     """
     predictor = SamPredictor(sam)
-    best, picked, predicted, true = [], [], [], []
-    for photo, things in photos:
-        if not things:
+    for photo, segments in photos:
+        if not segments:
             continue
         predictor.set_image(photo.image)
-        for thing in things:
-            mask = photo.maps[0] == thing
-            ys, xs = np.nonzero(mask)
+        for segment in segments:
+            truth = photo.maps[0] == segment
+            ys, xs = np.nonzero(truth)
             k = np.argmin((xs - xs.mean()) ** 2 + (ys - ys.mean()) ** 2)
             point, label = np.array([[xs[k], ys[k]]], float), np.array([1])
             masks, scores, _ = predictor.predict(point_coords=point, point_labels=label, multimask_output=True)
-            ious = (masks & mask).sum((1, 2)) / (masks | mask).sum((1, 2))
-            best.append(ious.max())
-            picked.append(ious[scores.argmax()])
-            predicted += scores.tolist()
-            true += ious.tolist()
+            yield truth, masks, scores
+
+
+@torch.inference_mode()
+def click_accuracy(sam: Sam, photos: Sequence[tuple[SegmentedPhoto, list[int]]]) -> dict[str, float]:
+    """Of the masks of :func:`clicks`: mean IoU of the best of three and of the one with the highest predicted IoU, mean
+    boundary F-score of both, and the rank correlation of predicted and true IoU over all masks."""
+    best, picked, predicted, true = [], [], [], []
+    for truth, masks, scores in clicks(sam, photos):
+        ious = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
+        for found, index in ((best, ious.argmax()), (picked, scores.argmax())):
+            found.append((ious[index], boundary_f(masks[index], truth)))
+        predicted += scores.tolist()
+        true += ious.tolist()
+    (best_iou, best_f), (picked_iou, picked_f) = (np.mean(found, axis=0) for found in (best, picked))
     return {
         "clicks": len(best),
-        "best_iou": float(np.mean(best)),
-        "picked_iou": float(np.mean(picked)),
+        "best_iou": float(best_iou),
+        "picked_iou": float(picked_iou),
+        "best_boundary_f": float(best_f),
+        "picked_boundary_f": float(picked_f),
         "iou_rank_correlation": float(spearmanr(predicted, true)[0]),
     }
+
+
+def boundary_f(mask: np.ndarray, truth: np.ndarray, tolerance: float = 0.0075) -> float:
+    """F-score of the boundary pixels of two bool (h, w) masks: those within ``tolerance`` image diagonals (BSDS500's;
+    Martin et al., PAMI 2004) of the other boundary count as found. The frame is no boundary; 0 if one mask has none."""
+    edges = [m & ~binary_erosion(m, np.ones((3, 3)), border_value=1) for m in (mask, truth)]
+    if not (edges[0].any() and edges[1].any()):
+        return 0.0
+    reach = tolerance * np.hypot(*mask.shape)
+    precision, recall = (
+        float((distance_transform_edt(~other)[edge] <= reach).mean()) for edge, other in (edges, edges[::-1])
+    )
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def things_hit(results: Sequence[Localization], photos: Sequence[tuple[SegmentedPhoto, list[int]]]) -> float:

@@ -44,11 +44,23 @@ STAGES = ("sam", "gtformer", "bundle")
 
 
 def sam_phases() -> list[SamLiteConfig]:
-    """Most of the schedule at 256 pixels, where a step is cheap, the rest at the 512 pixels of inference."""
+    """A start at 256 pixels, where a step is cheap, the rest at the 512 pixels of inference."""
     return [
         SamLiteConfig(steps=4500, stop_at=2179, size=256, batch=16, prompts=8, lr=5e-4, final_lr=1e-4),
         SamLiteConfig(
             steps=2100, size=512, batch=6, prompts=6, lr=3e-4, warmup=50, final_lr=1e-5, seed=1, save_every=100
+        ),
+        SamLiteConfig(
+            steps=2000,
+            size=512,
+            batch=6,
+            prompts=8,
+            lr=3e-4,
+            warmup=60,
+            final_lr=1e-5,
+            iou_weight=3,
+            seed=2,
+            save_every=100,
         ),
     ]
 

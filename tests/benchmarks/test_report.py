@@ -97,12 +97,12 @@ def test_steps_are_in_the_order_of_their_commits(bench, read):
 def test_blocks_of_the_readme_are_made_anew(bench, read):
     report = bench("report")
     text = "before\n<!-- rows: speed -->\nold\n<!-- end rows -->\nafter <!-- rows: none here\n"
-    done = report.readme(text, read(row(ratios={"dense torch": 8.0})))
+    done = report.with_blocks(text, read(row(ratios={"dense torch": 8.0})))
     assert done.startswith("before\n<!-- rows: speed -->\n|  | case |") and "old" not in done
     assert "| K=1000 512x512 | int64 | 2 ms | 8× dense torch | CPU X, 2 threads |" in done
     assert done.endswith("<!-- end rows -->\nafter <!-- rows: none here\n")
-    assert report.readme(done, read(row(ratios={"dense torch": 8.0}))) == done
-    assert "No rows yet." in report.readme(text, [])
+    assert report.with_blocks(done, read(row(ratios={"dense torch": 8.0}))) == done
+    assert "No rows yet." in report.with_blocks(text, [])
 
 
 def test_check_says_what_is_out_of_date(bench, read, tmp_path):
@@ -111,7 +111,7 @@ def test_check_says_what_is_out_of_date(bench, read, tmp_path):
     facts = {"axis": "points", "series": series, "exponent": {"ours": 1.0, "other": float("nan")}}
     rows = read(row(kind="scaling", facts=facts))
     page, plots = tmp_path / "REPORT.md", tmp_path / "plots"
-    assert report.differences(rows, page, plots, None) == [
+    assert report.differences(rows, page, plots) == [
         "REPORT.md doesn't match the rows",
         "plots/mask-match-k-1000-512x512-int64-cpu-x-2-cpu-avx2.svg doesn't match its row",
     ]
@@ -125,5 +125,5 @@ def test_check_says_what_is_out_of_date(bench, read, tmp_path):
     assert report.main(arguments) == 0 and plot.read_bytes() == before
     assert "1.00" in page.read_text() and f"plots/{plot.name}" in page.read_text()
     changed = read(row(kind="scaling", facts=facts | {"axis": "pixels"}))
-    assert len(report.differences(changed, page, plots, None)) == 2
-    assert report.differences([], page, plots, None)[1] == f"plots/{plot.name} has no row"
+    assert len(report.differences(changed, page, plots)) == 2
+    assert report.differences([], page, plots)[1] == f"plots/{plot.name} has no row"

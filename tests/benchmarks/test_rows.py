@@ -1,5 +1,6 @@
 """What the committed rows and the pages made from them must hold, whatever their numbers are."""
 
+import hashlib
 import json
 import math
 import re
@@ -23,14 +24,24 @@ def test_the_pages_match_the_rows(bench, rows):
     report = bench("report")
     if not report.README.exists():
         pytest.skip("no README.md beside the tests")
-    assert not report.differences(rows, report.PAGE, report.PLOTS, report.README)
+    assert not report.differences(rows, report.PAGE, report.PLOTS, (report.README, report.CARD))
 
 
-def test_the_readme_has_every_block(bench):
+def test_the_pages_have_every_block(bench):
     report = bench("report")
-    text = report.README.read_text(encoding="utf-8")
+    text = "".join(path.read_text(encoding="utf-8") for path in (report.README, report.CARD))
     assert [found[2] for found in report.BLOCK.finditer(text)] == [*report.BLOCKS]
     assert text.count("<!-- rows: ") == text.count("<!-- end rows -->") == len(report.BLOCKS)
+
+
+def test_the_card_speaks_of_the_bundled_weights(bench):
+    report = bench("report")
+    known = json.loads(report.CARD.with_name("weights.json").read_text(encoding="utf-8"))
+    content = report.WEIGHTS.read_bytes()
+    assert known == {report.WEIGHTS.name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
+    assert len(content) <= 25_000_000
+    text = report.CARD.read_text(encoding="utf-8")
+    assert f"{len(content) / 1e6:.1f} MB" in text and "No rows yet." not in text
 
 
 def test_the_readme_asks_for_cases_that_exist(bench):
@@ -42,7 +53,7 @@ def test_the_readme_asks_for_cases_that_exist(bench):
 
 def test_every_row_has_its_keys(rows):
     for row in rows:
-        if row["what"] in ("accuracy", "exactness"):
+        if row["what"] in ("accuracy", "study", "exactness"):
             wanted = ALWAYS | QUALITY
         else:
             wanted = ALWAYS | RUN | (set() if "skipped" in row else TIMED)
