@@ -56,9 +56,10 @@ ON_DEVICE = ("cuda_graph_capture", "waits_for_nothing")
 # Tests that must have passed, not merely been skipped, before an item counts as settled.
 PROOF = {
     "gated-attention": [
-        f"test_{name}[{backend}]"
+        f"test_{name}[{backend}-{dtype}]"
         for name in ("opcheck_on_a_gpu", "cuda_graph_capture", "the_same_bits_every_time")
         for backend in ("cuda", "triton")
+        for dtype in ("bfloat16", "float32")
     ],
     "mask-match": [
         f"test_{name}[{backend}]"

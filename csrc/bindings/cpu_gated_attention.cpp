@@ -10,9 +10,9 @@ void bind_gated_attention(py::module_& m) {
   m.def(
       "gated_attention",
       [](const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& strides,
-         const std::array<int64_t, 7>& sizes, bool gate, bool bf16, uintptr_t workspace, int threads) {
+         const std::array<int64_t, 7>& sizes, bool gate, int64_t number, uintptr_t workspace, int threads) {
         const char* isa = nullptr;
-        const auto args = gated_attention_args(addresses, strides, sizes, gate, bf16);
+        const auto args = gated_attention_args(addresses, strides, sizes, gate, number);
         raise_unless_ok(gated_attention_cpu(args, pointer<float>(workspace), threads, &isa), "gated_attention");
         return isa;
       },
@@ -22,10 +22,10 @@ void bind_gated_attention(py::module_& m) {
   m.def(
       "gated_attention_backward",
       [](const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& strides,
-         const std::array<int64_t, 7>& sizes, bool gate, bool bf16, uintptr_t grad_out, uintptr_t grad_maps,
+         const std::array<int64_t, 7>& sizes, bool gate, int64_t number, uintptr_t grad_out, uintptr_t grad_maps,
          const std::array<uintptr_t, 3>& grads, uintptr_t grad_gate, uintptr_t workspace, int threads) {
         const char* isa = nullptr;
-        const auto args = gated_attention_grad_args(gated_attention_args(addresses, strides, sizes, gate, bf16),
+        const auto args = gated_attention_grad_args(gated_attention_args(addresses, strides, sizes, gate, number),
                                                     grad_out, grad_maps, grads, grad_gate);
         raise_unless_ok(gated_attention_backward_cpu(args, pointer<float>(workspace), threads, &isa),
                         "gated_attention_backward");

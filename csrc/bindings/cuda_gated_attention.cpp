@@ -8,8 +8,8 @@ void bind_gated_attention(py::module_& m) {
   m.def(
       "gated_attention",
       [](const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& strides,
-         const std::array<int64_t, 7>& sizes, bool gate, bool bf16, uintptr_t mean_map, int device, uintptr_t stream) {
-        raise_unless_ok(gated_attention_cuda(gated_attention_args(addresses, strides, sizes, gate, bf16),
+         const std::array<int64_t, 7>& sizes, bool gate, int64_t number, uintptr_t mean_map, int device, uintptr_t stream) {
+        raise_unless_ok(gated_attention_cuda(gated_attention_args(addresses, strides, sizes, gate, number),
                                              pointer<float>(mean_map), device, pointer<void>(stream)),
                         "gated_attention");
       },
@@ -19,10 +19,10 @@ void bind_gated_attention(py::module_& m) {
   m.def(
       "gated_attention_backward",
       [](const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& strides,
-         const std::array<int64_t, 7>& sizes, bool gate, bool bf16, uintptr_t grad_out, uintptr_t grad_maps,
+         const std::array<int64_t, 7>& sizes, bool gate, int64_t number, uintptr_t grad_out, uintptr_t grad_maps,
          const std::array<uintptr_t, 3>& grads, uintptr_t grad_gate, uintptr_t mean_map, uintptr_t delta,
          uintptr_t grad_logits, int device, uintptr_t stream) {
-        const auto args = gated_attention_grad_args(gated_attention_args(addresses, strides, sizes, gate, bf16),
+        const auto args = gated_attention_grad_args(gated_attention_args(addresses, strides, sizes, gate, number),
                                                     grad_out, grad_maps, grads, grad_gate);
         raise_unless_ok(gated_attention_backward_cuda(args, pointer<const float>(mean_map), pointer<float>(delta),
                                                       pointer<float>(grad_logits), device, pointer<void>(stream)),

@@ -11,13 +11,13 @@ namespace p2s {
 // sizes: batch, n, dim, heads, queries, first_row, rows.
 inline GatedAttentionArgs gated_attention_args(const std::array<uintptr_t, 6>& addresses,
                                                const std::array<int64_t, 6>& strides,
-                                               const std::array<int64_t, 7>& sizes, bool gate, bool bf16) {
+                                               const std::array<int64_t, 7>& sizes, bool gate, int64_t number) {
   const auto [q, k, v, out, maps, lse] = addresses;
   const auto [q_item, q_row, k_item, k_row, v_item, v_row] = strides;
   const auto [batch, n, dim, heads, queries, first_row, rows] = sizes;
   return {pointer<const void>(q), pointer<const void>(k), pointer<const void>(v), q_item, q_row, k_item, k_row, v_item,
           v_row, pointer<void>(out), pointer<float>(maps), pointer<float>(lse), batch, n, dim, heads, queries, first_row,
-          rows, gate, bf16};
+          rows, gate, static_cast<Number>(number)};
 }
 
 // grads: of q, k, v.

@@ -358,26 +358,30 @@ using namespace ::P2S_ISA;
 
 const char* P2S_NAME(gated_maps)(const GatedAttentionArgs& args, int64_t item, int64_t begin, int64_t end,
                                  float* workspace) {
-  args.bf16 ? maps<Bf16>(args, item, begin, end, workspace) : maps<float>(args, item, begin, end, workspace);
+  const bool halves = args.number == Number::bfloat16;
+  halves ? maps<Bf16>(args, item, begin, end, workspace) : maps<float>(args, item, begin, end, workspace);
   return kIsaName;
 }
 
 const char* P2S_NAME(gated_head)(const GatedAttentionArgs& args, int64_t item, int64_t head, int64_t begin, int64_t end,
                                  float* workspace) {
-  args.bf16 ? attend<HalfUnit, Bf16>(args, item, head, begin, end, workspace)
-            : attend<Singles, float>(args, item, head, begin, end, workspace);
+  const bool halves = args.number == Number::bfloat16;
+  halves ? attend<HalfUnit, Bf16>(args, item, head, begin, end, workspace)
+         : attend<Singles, float>(args, item, head, begin, end, workspace);
   return kIsaName;
 }
 
 const char* P2S_NAME(gated_backward_head)(const GatedAttentionGradArgs& args, int64_t item, int64_t head,
                                           float* workspace) {
-  args.forward.bf16 ? attend_backward<HalfUnit, Bf16>(args, item, head, workspace)
-                    : attend_backward<Singles, float>(args, item, head, workspace);
+  const bool halves = args.forward.number == Number::bfloat16;
+  halves ? attend_backward<HalfUnit, Bf16>(args, item, head, workspace)
+         : attend_backward<Singles, float>(args, item, head, workspace);
   return kIsaName;
 }
 
 const char* P2S_NAME(gated_backward_maps)(const GatedAttentionGradArgs& args, int64_t item, float* workspace) {
-  args.forward.bf16 ? maps_backward<Bf16>(args, item, workspace) : maps_backward<float>(args, item, workspace);
+  const bool halves = args.forward.number == Number::bfloat16;
+  halves ? maps_backward<Bf16>(args, item, workspace) : maps_backward<float>(args, item, workspace);
   return kIsaName;
 }
 

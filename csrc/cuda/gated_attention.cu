@@ -11,84 +11,109 @@ namespace {
 template <int STEPS>
 constexpr int kBlocks = STEPS > 2 ? 2 : 3;
 
+// Of shared memory that a block gets without asking.
+constexpr size_t kStatic = 48 << 10;
+
+template <class S>
+P2S_TILE S& shared() {
+  if constexpr (sizeof(S) > kStatic) {
+    extern __shared__ Chunk asked[];
+    return *reinterpret_cast<S*>(asked);
+  } else {
+    __shared__ S given;
+    return given;
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) gated_attention_maps_kernel(Call c, float* mean_map) {
-  const int64_t tiles = (c.a.n + kRows - 1) / kRows, tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (tile < c.a.batch * tiles) maps_tile<Warp, T>(c, mean_map, tile / tiles, static_cast<int>(tile % tiles) * kRows);
+  constexpr int keys = kBackwardRows<T>;
+  const int64_t tiles = (c.a.n + keys - 1) / keys, tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (tile < c.a.batch * tiles) maps_tile<T>(c, mean_map, tile / tiles, static_cast<int>(tile % tiles) * keys);
 }
 
 template <class T, int STEPS>
 __global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) gated_attention_kernel(Call c) {
-  __shared__ Shared<STEPS> shared;
-  forward_block<T>(shared, c, blockIdx.x);
+  forward_block<T, STEPS>(shared<ForwardShared<T, STEPS>>(), c, blockIdx.x);
 }
 
 template <class T, int STEPS>
 __global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) gated_attention_keys_kernel(Call c, Gradients g) {
-  __shared__ Shared<STEPS> shared;
-  keys_block<T>(shared, c, g, blockIdx.x);
+  keys_block<T, STEPS>(shared<BackwardShared<T, STEPS>>(), c, g, blockIdx.x);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) gated_attention_maps_gradient_kernel(Call c, Gradients g) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index < c.a.batch * c.a.n * (c.a.dim / 8)) maps_gradient<T>(c, g, index);
+  if (index < c.a.batch * c.a.n * (c.a.dim / kInChunk<T>)) maps_gradient<T>(c, g, index);
 }
 
 template <class T, int STEPS>
 __global__ void __launch_bounds__(kThreads, kBlocks<STEPS>) gated_attention_rows_kernel(Call c, Gradients g) {
-  __shared__ Shared<STEPS> shared;
-  rows_block<T>(shared, c, g, blockIdx.x);
+  rows_block<T, STEPS>(shared<BackwardShared<T, STEPS>>(), c, g, blockIdx.x);
 }
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 int64_t ceiling(int64_t count, int64_t per) { return (count + per - 1) / per; }
 
+// BYTES: of shared memory, as far as the kernel asks for it.
+template <size_t BYTES = 0, class K, class... A>
+cudaError_t launch(K kernel, int64_t blocks, cudaStream_t queue, const A&... arguments) {
+  constexpr size_t asked = BYTES > kStatic ? BYTES : 0;
+  if constexpr (asked > 0) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<blocks, kThreads, asked, queue>>>(arguments...);
+  return cudaGetLastError();
+}
+
 template <class T, int STEPS>
 cudaError_t forward(const Call& c, float* mean_map, cudaStream_t queue) {
   const GatedAttentionArgs& a = c.a;
   if (a.queries > 0) {
-    gated_attention_maps_kernel<T><<<ceiling(a.batch * ceiling(a.n, kRows), kWarps), kThreads, 0, queue>>>(c, mean_map);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    const int64_t blocks = ceiling(a.batch * ceiling(a.n, kBackwardRows<T>), kWarps);
+    const cudaError_t error = launch(gated_attention_maps_kernel<T>, blocks, queue, c, mean_map);
+    if (error != cudaSuccess) return error;
   }
-  if (a.rows > 0) {
-    const int64_t blocks = a.batch * a.heads * ceiling(a.rows, kWarps * kForwardBlocks * kRows);
-    gated_attention_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c);
-  }
-  return cudaGetLastError();
+  if (a.rows == 0) return cudaSuccess;
+  const int64_t blocks = a.batch * a.heads * ceiling(a.rows, kWarps * kForwardRows<T>);
+  return launch<sizeof(ForwardShared<T, STEPS>)>(gated_attention_kernel<T, STEPS>, blocks, queue, c);
 }
 
 template <class T, int STEPS>
 cudaError_t backward(const Call& c, const Gradients& g, cudaStream_t queue) {
   const GatedAttentionArgs& a = c.a;
-  const int64_t blocks = a.batch * a.heads * ceiling(a.n, kWarps * kRows);
-  gated_attention_keys_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c, g);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (a.queries > 0) {
-    gated_attention_maps_gradient_kernel<T><<<ceiling(a.batch * a.n * (a.dim / 8), kThreads), kThreads, 0, queue>>>(c, g);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  constexpr size_t bytes = sizeof(BackwardShared<T, STEPS>);
+  const int64_t blocks = a.batch * a.heads * ceiling(a.n, kWarps * kBackwardRows<T>);
+  cudaError_t error = launch<bytes>(gated_attention_keys_kernel<T, STEPS>, blocks, queue, c, g);
+  if (error == cudaSuccess && a.queries > 0) {
+    const int64_t chunks = a.batch * a.n * (a.dim / kInChunk<T>);
+    error = launch(gated_attention_maps_gradient_kernel<T>, ceiling(chunks, kThreads), queue, c, g);
   }
-  gated_attention_rows_kernel<T, STEPS><<<blocks, kThreads, 0, queue>>>(c, g);
-  return cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  return launch<bytes>(gated_attention_rows_kernel<T, STEPS>, blocks, queue, c, g);
 }
 
-// run(Bfloat16 or Float16, channels of a head / 16); what the header asks for is checked here, nothing else.
+// run(Float32, Bfloat16 or Float16, channels of a head / 16); what the header asks for is checked here, nothing else.
 template <class F>
 Status dispatch(const GatedAttentionArgs& a, int device, F run) {
   const int64_t width = a.dim / a.heads;
   if (width != 32 && width != 64) return {"heads must have 32 or 64 channels"};
   // The largest grid of any kernel here.
-  if (a.batch * a.n * a.dim / 8 / kThreads >= kMaxBlocks || a.batch * a.heads * ceiling(a.n, kRows) >= kMaxBlocks) {
+  if (a.batch * a.n * a.dim / 4 / kThreads >= kMaxBlocks || a.batch * a.heads * ceiling(a.n, 16) >= kMaxBlocks) {
     return {"too many tokens for one launch"};
   }
   if (a.batch == 0) return {};
   DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return to_status(guard.error());
-  constexpr std::integral_constant<int, 4> wide;
-  constexpr std::integral_constant<int, 2> narrow;
-  if (a.bf16) return to_status(width == 64 ? run(Bfloat16(), wide) : run(Bfloat16(), narrow));
-  return to_status(width == 64 ? run(Float16(), wide) : run(Float16(), narrow));
+  const auto heads = [&](auto type) {
+    if (width == 64) return to_status(run(type, std::integral_constant<int, 4>()));
+    return to_status(run(type, std::integral_constant<int, 2>()));
+  };
+  if (a.number == Number::float32) return heads(Float32());
+  return a.number == Number::bfloat16 ? heads(Bfloat16()) : heads(Float16());
 }
 
 Call call_of(const GatedAttentionArgs& a, const float* mean_map) {

@@ -9,11 +9,13 @@
 
 #define P2S_TILE __device__ __forceinline__
 #define P2S_UNROLL _Pragma("unroll")
+#define P2S_UNROLL_TWO _Pragma("unroll 2")
 #else
 #include <cmath>
 #include <cstring>
 #define P2S_TILE inline
 #define P2S_UNROLL
+#define P2S_UNROLL_TWO
 #endif
 
 // What a warp does as one: 16 x 8 x 16 products, loads of their factors, reductions. Tile code is written once against
@@ -38,36 +40,50 @@ struct Sums {
 struct Words {
   uint32_t x[4];
 };
-struct RowPair {
-  float x[2];  // of rows g and g + 8
-};
-struct alignas(16) Chunk {
+// 16 bytes of numbers of any type.
+struct __attribute__((may_alias, aligned(16))) Chunk {
   uint32_t x[4];
 };
 
-struct Bfloat16 {
-  static P2S_TILE float wide(uint16_t bits) {
-    const uint32_t word = uint32_t{bits} << 16;
+P2S_TILE float as_float(uint32_t word) {
 #if defined(__CUDACC__)
-    return __uint_as_float(word);
+  return __uint_as_float(word);
 #else
-    float x;
-    std::memcpy(&x, &word, sizeof(x));
-    return x;
+  float x;
+  std::memcpy(&x, &word, sizeof(x));
+  return x;
 #endif
-  }
+}
+
+P2S_TILE uint32_t as_word(float x) {
+#if defined(__CUDACC__)
+  return __float_as_uint(x);
+#else
+  uint32_t word;
+  std::memcpy(&word, &x, sizeof(word));
+  return word;
+#endif
+}
+
+struct Float32 {
+  using Element = float;
+};
+
+struct Bfloat16 {
+  using Element = uint16_t;
+  static P2S_TILE float wide(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
   static P2S_TILE uint16_t narrow(float x) {
 #if defined(__CUDACC__)
     return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
-    uint32_t word;
-    std::memcpy(&word, &x, sizeof(word));
+    const uint32_t word = as_word(x);
     return static_cast<uint16_t>(x == x ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : 0x7fff);
 #endif
   }
 };
 
 struct Float16 {
+  using Element = uint16_t;
   static P2S_TILE float wide(uint16_t bits) {
 #if defined(__CUDACC__)
     return __half2float(__ushort_as_half(bits));
@@ -108,6 +124,31 @@ P2S_TILE uint32_t pack(float low, float high) {
 template <class T>
 P2S_TILE float half(uint32_t word, int i) {
   return T::wide(static_cast<uint16_t>(word >> i % 2 * 16));
+}
+
+template <class T>
+constexpr int kInChunk = 16 / sizeof(typename T::Element);
+
+template <class T>
+P2S_TILE float value(const Chunk& chunk, int i) {
+  if constexpr (kInChunk<T> == 4) {
+    return as_float(chunk.x[i]);
+  } else {
+    return half<T>(chunk.x[i / 2], i);
+  }
+}
+
+template <class T>
+P2S_TILE Chunk chunk_of(const float (&x)[kInChunk<T>]) {
+  Chunk chunk;
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kInChunk<T> == 4) {
+      chunk.x[i] = as_word(x[i]);
+    } else {
+      chunk.x[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    }
+  }
+  return chunk;
 }
 
 P2S_TILE float power_of_two(float x) {
@@ -167,16 +208,23 @@ struct Warp {
     f(static_cast<int>(threadIdx.x % 32));
   }
 
-  // Over the four lanes that share a row.
-  static P2S_TILE void row_max(Lanes<RowPair>& x) {
-    for (int i = 0; i < 2; ++i) {
-      for (int lane = 1; lane < 4; lane *= 2) x.mine.x[i] = fmaxf(x.mine.x[i], __shfl_xor_sync(kAll, x.mine.x[i], lane));
-    }
+  // What the lanes wrote, they all see from here on.
+  static P2S_TILE void sync() { __syncwarp(); }
+
+  // Number i of one of the ACROSS neighbouring lanes that `asker` is among; every lane asks.
+  template <int ACROSS, class T>
+  static P2S_TILE float of_lane(Lanes<T>& x, int i, int /*asker*/, int lane) {
+    return __shfl_sync(kAll, x.mine.x[i], lane, ACROSS);
   }
-  static P2S_TILE void row_sum(Lanes<RowPair>& x) {
-    for (int i = 0; i < 2; ++i) {
-      for (int lane = 1; lane < 4; lane *= 2) x.mine.x[i] += __shfl_xor_sync(kAll, x.mine.x[i], lane);
-    }
+
+  // Over each ACROSS neighbouring lanes, every number for itself.
+  template <int ACROSS, class T>
+  static P2S_TILE void row_max(Lanes<T>& x) {
+    reduce<ACROSS>(x.mine.x, [](float a, float b) { return fmaxf(a, b); });
+  }
+  template <int ACROSS, class T>
+  static P2S_TILE void row_sum(Lanes<T>& x) {
+    reduce<ACROSS>(x.mine.x, [](float a, float b) { return a + b; });
   }
 
   template <class T>
@@ -212,6 +260,14 @@ struct Warp {
                    : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                    : "r"(at)
                    : "memory");
+    }
+  }
+
+ private:
+  template <int ACROSS, int COUNT, class F>
+  static P2S_TILE void reduce(float (&x)[COUNT], F f) {
+    for (int i = 0; i < COUNT; ++i) {
+      for (int distance = 1; distance < ACROSS; distance *= 2) x[i] = f(x[i], __shfl_xor_sync(kAll, x[i], distance));
     }
   }
 };
@@ -251,11 +307,20 @@ struct Warp {
     for (int lane = 0; lane < 32; ++lane) f(lane);
   }
 
-  static void row_max(Lanes<RowPair>& x) {
-    reduce(x, [](float a, float b) { return std::fmax(a, b); });
+  static void sync() {}
+
+  template <int ACROSS, class T>
+  static float of_lane(Lanes<T>& x, int i, int asker, int lane) {
+    return x[asker / ACROSS * ACROSS + lane].x[i];
   }
-  static void row_sum(Lanes<RowPair>& x) {
-    reduce(x, [](float a, float b) { return a + b; });
+
+  template <int ACROSS, class T>
+  static void row_max(Lanes<T>& x) {
+    reduce<ACROSS>(x, [](float a, float b) { return std::fmax(a, b); });
+  }
+  template <int ACROSS, class T>
+  static void row_sum(Lanes<T>& x) {
+    reduce<ACROSS>(x, [](float a, float b) { return a + b; });
   }
 
   template <class T>
@@ -292,12 +357,14 @@ struct Warp {
   }
 
  private:
-  template <class F>
-  static void reduce(Lanes<RowPair>& x, F f) {
-    for (int distance = 1; distance < 4; distance *= 2) {
-      Lanes<RowPair> before = x;
+  template <int ACROSS, class T, class F>
+  static void reduce(Lanes<T>& x, F f) {
+    for (int distance = 1; distance < ACROSS; distance *= 2) {
+      Lanes<T> before = x;
       each([&](int lane) {
-        for (int i = 0; i < 2; ++i) x[lane].x[i] = f(before[lane].x[i], before[lane ^ distance].x[i]);
+        for (size_t i = 0; i < sizeof(T) / sizeof(float); ++i) {
+          x[lane].x[i] = f(before[lane].x[i], before[lane ^ distance].x[i]);
+        }
       });
     }
   }

@@ -114,8 +114,8 @@ def gated_attention(
 
     Computes in float32, or float64 for float64 inputs; bfloat16 and float16 inputs may have their products' factors
     rounded to their own dtype. The CPU kernels serve float32 and bfloat16, Triton's these and float16 in heads of up to
-    128 channels; others take the reference there. The CUDA kernels serve bfloat16 and float16 in heads of 32 or 64
-    channels; others take Triton's kernels or, where these can't run, the reference.
+    128 channels; others take the reference there. The CUDA kernels serve these three in heads of 32 or 64 channels;
+    others take Triton's kernels or, where these can't run, the reference.
 
     Args:
         q, k, v: (B, N, D) projections of all N tokens, heads side by side, of one floating dtype; the last
@@ -226,11 +226,12 @@ def _empty_gated_attention_backward(grad_out, grad_maps, q, k, v, *others):
     return tuple(torch.empty(q.shape, dtype=t.dtype, device=q.device) for t in (q, k, v))
 
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what native kernels call a dtype
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _gated_attention_cpu(q, k, v, num_heads, num_queries, gate, first_row, rows):
-    if q.dtype not in _NATIVE_DTYPES:
+    if q.dtype not in _CPU_DTYPES:
         return _gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
     inputs = _with_adjacent_channels(q, k, v)
     outputs = _empty_gated_attention(q, k, v, num_heads, num_queries, gate, first_row, rows)
@@ -241,7 +242,7 @@ def _gated_attention_cpu(q, k, v, num_heads, num_queries, gate, first_row, rows)
 
 
 def _gated_attention_backward_cpu(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row):
-    if q.dtype not in _NATIVE_DTYPES:
+    if q.dtype not in _CPU_DTYPES:
         return _gated_attention_backward(grad_out, grad_maps, q, k, v, out, maps, lse, num_heads, gate, first_row)
     inputs = _with_adjacent_channels(q, k, v)
     grad_out, grad_maps, *outputs = (t.contiguous() for t in (grad_out, grad_maps, out, maps, lse))
@@ -320,8 +321,7 @@ def _gated_attention_backward_cuda(grad_out, grad_maps, q, k, v, out, maps, lse,
 
 def _cuda_takes(q, num_heads):
     tokens, dim = q.shape[1:]
-    halves = q.dtype in (torch.bfloat16, torch.float16)
-    return halves and dim // num_heads in (32, 64) and tokens * dim < 2**31
+    return q.dtype in _NUMBERS and dim // num_heads in (32, 64) and tokens * dim < 2**31
 
 
 def _device_and_stream(tensor):
@@ -348,12 +348,13 @@ def _with_short_offsets(*tensors):
 
 
 def _with_vectors(*tensors):
-    """For kernels that load 16 bytes, 8 channels, at once."""
+    """For kernels that load 16 bytes at once."""
+
+    def aligned(t):
+        return not (t.data_ptr() % 16 or any(s * t.itemsize % 16 for s in t.stride()[:2]))
+
     tensors = _with_short_offsets(*tensors)
-    return tuple(
-        t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 or any(s % 8 for s in t.stride()[:2]) else t
-        for t in tensors
-    )
+    return tuple(t if aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
 def _native_arguments(inputs, outputs, num_heads, num_queries, gate, first_row):
@@ -364,7 +365,7 @@ def _native_arguments(inputs, outputs, num_heads, num_queries, gate, first_row):
         [stride for t in inputs for stride in t.stride()[:2]],
         [batch, tokens, dim, num_heads, num_queries, first_row, outputs[0].shape[1]],
         gate,
-        inputs[0].dtype == torch.bfloat16,
+        _NUMBERS[inputs[0].dtype],
     )
 
 
@@ -407,7 +408,11 @@ def _example_backward(dtype, device):
 
 
 def _examples(example):
-    rows = {torch.float32: torch.float32, "bfloat16 products": torch.bfloat16}
+    rows = {
+        torch.float32: torch.float32,
+        "bfloat16 products": torch.bfloat16,
+        "float16 products": torch.float16,
+    }
     return {row: functools.partial(example, dtype) for row, dtype in rows.items()}
 
 

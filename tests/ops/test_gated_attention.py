@@ -21,6 +21,7 @@ SHAPES = [
     (2, 198, 384, 6, 1),
     (2, 201, 384, 6, 4),
     (1, 257, 128, 1, 9),
+    (2, 65, 96, 3, 2),
 ]
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 
@@ -106,15 +107,27 @@ def test_parity_in_bfloat16(case, shape, gate):
     check(case, shape, torch.bfloat16, "bfloat16 products", gate=gate)
 
 
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("shape", [(2, 201, 384, 6, 4), (2, 65, 96, 3, 2)])
+def test_parity_in_float16(case, shape, gate):
+    check(case, shape, torch.float16, "float16 products", gate=gate)
+
+
+# Of a head: only the CPU's and Triton's kernels, and all of them.
+WIDTHS = pytest.mark.parametrize("width", [16, 32])
+
+
+@WIDTHS
 @pytest.mark.parametrize("grads", ["out", "maps"])
-def test_gradients_through_one_output(case, grads):
-    check(case, (2, 50, 48, 3, 4), torch.float32, torch.float32, grads=grads)
-    check(case, (2, 50, 48, 3, 4), torch.bfloat16, "bfloat16 products", grads=grads)
+def test_gradients_through_one_output(case, grads, width):
+    check(case, (2, 50, 3 * width, 3, 4), torch.float32, torch.float32, grads=grads)
+    check(case, (2, 50, 3 * width, 3, 4), torch.bfloat16, "bfloat16 products", grads=grads)
 
 
+@WIDTHS
 @pytest.mark.parametrize("rows", [slice(1, -4), slice(3), slice(45, None), slice(50, 60), slice(7, 8)], ids=str)
-def test_some_rows(case, rows):
-    check(case, (2, 55, 48, 3, 4), torch.float32, torch.float32, query_rows=rows)
+def test_some_rows(case, rows, width):
+    check(case, (2, 55, 3 * width, 3, 4), torch.float32, torch.float32, query_rows=rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -122,8 +135,9 @@ def test_other_dtypes_take_the_reference(case, dtype):
     check(case, (2, 13, 48, 3, 4), dtype, dtype if dtype == torch.float64 else "bfloat16 products")
 
 
-def test_no_query_tokens_is_plain_attention(case):
-    check(case, (2, 37, 48, 3, 0), torch.float32, torch.float32, gate=False, grads="out")
+@WIDTHS
+def test_no_query_tokens_is_plain_attention(case, width):
+    check(case, (2, 37, 3 * width, 3, 0), torch.float32, torch.float32, gate=False, grads="out")
 
 
 def test_empty_batch(case):
@@ -132,18 +146,20 @@ def test_empty_batch(case):
     assert (out.shape, maps.shape, grad.shape) == ((0, 7, 16), (0, 2, 7), (0, 7, 48))
 
 
-def test_large_logits(case):
-    q, k, v = (random(1, 40, 32, seed=i) for i in range(3))
+@WIDTHS
+def test_large_logits(case, width):
+    q, k, v = (random(1, 40, 2 * width, seed=i) for i in range(3))
     out, maps = gated_attention(*(t.to(case.device) for t in (40 * q, 40 * k, v)), 2, 4, backend=case.backend)
     expected_out, expected_maps = naive(40 * q, 40 * k, v, 2, 4)
     assert (out.cpu() - expected_out).abs().max() < 1e-3 and (maps.cpu() - expected_maps).abs().max() < 1e-3
 
 
-def test_nan_is_not_hidden(case):
-    q, k, v = (random(1, 20, 32, seed=i).to(case.device) for i in range(3))
+@WIDTHS
+def test_nan_is_not_hidden(case, width):
+    q, k, v = (random(1, 20, 2 * width, seed=i).to(case.device) for i in range(3))
     k[0, 3, 5] = math.nan
     out, maps = gated_attention(q, k, v, 2, 4, backend=case.backend)
-    assert out[..., :16].isnan().all() and maps[:, :, 3].isnan().all()
+    assert out[..., :width].isnan().all() and maps[:, :, 3].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -188,7 +204,7 @@ def test_results_do_not_depend_on_threads_and_the_forced_instruction_set_runs(is
         scratch = torch.empty(_cpu.gated_attention_workspace(1, 16, 1, 1))
         addresses = [t.data_ptr() for t in (qkv, qkv, qkv, out, maps, lse)]
         sizes = [1, 1, 16, 1, 1, 0, 1]
-        assert _cpu.gated_attention(addresses, [0] * 6, sizes, True, False, scratch.data_ptr(), 1) == isa
+        assert _cpu.gated_attention(addresses, [0] * 6, sizes, True, 0, scratch.data_ptr(), 1) == isa
     for other in results[1:]:
         assert_matches(other, results[0], "exact")
 
@@ -305,15 +321,20 @@ def device_backend(request):
     return request.param
 
 
-def on_gpu(batch=2, tokens=201, dim=384, queries=4):
-    """bfloat16 q, k and v side by side, gradients of out and of the maps."""
-    shapes = (batch, tokens, 3 * dim), (batch, tokens, dim), (batch, queries, tokens)
-    qkv, grad_out, grad_maps = (random(*shape, seed=i).cuda() for i, shape in enumerate(shapes))
-    return qkv.bfloat16(), grad_out.bfloat16(), grad_maps
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def on_gpu(request):
+    """Makes q, k and v side by side and gradients of out and of the maps, which are float32."""
+
+    def make(batch=2, tokens=201, dim=384, queries=4):
+        shapes = (batch, tokens, 3 * dim), (batch, tokens, dim), (batch, queries, tokens)
+        qkv, grad_out, grad_maps = (random(*shape, seed=i).cuda() for i, shape in enumerate(shapes))
+        return qkv.to(request.param), grad_out.to(request.param), grad_maps
+
+    return make
 
 
 @pytest.mark.cuda
-def test_opcheck_on_a_gpu(device_backend):
+def test_opcheck_on_a_gpu(device_backend, on_gpu):
     q, k, v = (t.requires_grad_() for t in on_gpu(2, 11, 64)[0].chunk(3, -1))
     options = {"backend": device_backend}
     op = torch.ops.pro2sam_fast.gated_attention.default
@@ -321,7 +342,7 @@ def test_opcheck_on_a_gpu(device_backend):
 
 
 @pytest.mark.cuda
-def test_the_same_bits_every_time(device_backend):
+def test_the_same_bits_every_time(device_backend, on_gpu):
     inputs = on_gpu(batch=64)
     results = [with_gradients(gated_attention, *inputs, 6, 4, backend=device_backend) for _ in range(5)]
     for other in results[1:]:
@@ -329,7 +350,7 @@ def test_the_same_bits_every_time(device_backend):
 
 
 @pytest.mark.cuda
-def test_cuda_graph_capture(device_backend):
+def test_cuda_graph_capture(device_backend, on_gpu):
     def step():
         q, k, v = qkv.chunk(3, -1)
         ops = torch.ops.pro2sam_fast
@@ -355,7 +376,7 @@ def test_cuda_graph_capture(device_backend):
 
 
 @pytest.mark.cuda
-def test_the_tensors_device_is_the_one_that_runs(device_backend):
+def test_the_tensors_device_is_the_one_that_runs(device_backend, on_gpu):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     inputs = on_gpu()

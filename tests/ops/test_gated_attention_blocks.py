@@ -14,6 +14,11 @@ from pro2sam_fast.testing import assert_matches
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = (32, 64)
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtype: Number
+DTYPES, EITHER = (  # all, and one of each kind of product
+    pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).partition(".")[2])
+    for dtypes in (NUMBERS, (torch.float32, torch.bfloat16))
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def call(blocks, tensors, strides, sizes, gate, backward):
     """tensors: q, k, v, out, maps, lse, mean_map, ... in the order of the library."""
     addresses = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     numbers = [(ctypes.c_int64 * len(row))(*row) for row in (strides, sizes)]
-    blocks(addresses, *numbers, int(gate), int(tensors[0].dtype == torch.bfloat16), int(backward))
+    blocks(addresses, *numbers, int(gate), ctypes.c_int64(NUMBERS[tensors[0].dtype]), int(backward))
 
 
 def check(blocks, batch, tokens, heads, width, queries, dtype=torch.bfloat16, gate=True, first_row=0, rows=None):
@@ -57,37 +62,46 @@ def check(blocks, batch, tokens, heads, width, queries, dtype=torch.bfloat16, ga
         grad_out.double(), grad_maps.double(), *wide, *expected, heads, gate, first_row
     )
     actual = (out, maps, lse, *grads)
-    assert_matches(tuple(t.double() for t in actual), (*expected, *expected_grads), "bfloat16 products")
+    assert_matches(tuple(t.double() for t in actual), (*expected, *expected_grads), tolerance(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def tolerance(dtype):
+    return dtype if dtype == torch.float32 else f"{str(dtype).partition('.')[2]} products"
+
+
+@DTYPES
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_parity(blocks, width, gate, dtype):
     check(blocks, 2, 201, 3, width, 4, dtype, gate)
 
 
+@EITHER
 @pytest.mark.parametrize("tokens", [*range(1, 4), 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 198, 257])
-def test_every_tile_edge(blocks, tokens):
-    check(blocks, 1, tokens, 2, 32, min(tokens, 4))
+def test_every_tile_edge(blocks, tokens, dtype):
+    check(blocks, 1, tokens, 2, 32, min(tokens, 4), dtype)
 
 
+@EITHER
 @pytest.mark.parametrize("queries", [1, 7, 8, 9, 17, 40])
-def test_any_number_of_queries(blocks, queries):
-    check(blocks, 2, 40, 2, 32, queries)
+def test_any_number_of_queries(blocks, queries, dtype):
+    check(blocks, 2, 40, 2, 32, queries, dtype)
 
 
-def test_no_queries(blocks):
-    check(blocks, 2, 37, 2, 64, 0, gate=False)
+@EITHER
+def test_no_queries(blocks, dtype):
+    check(blocks, 2, 37, 2, 64, 0, dtype, gate=False)
 
 
+@EITHER
 @pytest.mark.parametrize(("first_row", "rows"), [(1, 50), (3, 52), (45, 10), (50, 5), (7, 1), (20, 0)])
-def test_some_rows(blocks, first_row, rows):
-    check(blocks, 2, 55, 3, 32, 4, first_row=first_row, rows=rows)
+def test_some_rows(blocks, first_row, rows, dtype):
+    check(blocks, 2, 55, 3, 32, 4, dtype, first_row=first_row, rows=rows)
 
 
-def test_large_logits(blocks):
-    q = 40 * torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+@EITHER
+def test_large_logits(blocks, dtype):
+    q = 40 * torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     out, maps, lse, mean_map = torch.empty_like(q), torch.empty(1, 4, 40), torch.empty(1, 2, 40), torch.empty(1, 40)
     call(blocks, (q, q, q, out, maps, lse, mean_map), [40 * 64, 64] * 3, [1, 40, 64, 2, 4, 0, 40], True, False)
     expected = _gated_attention(*[q.double()] * 3, 2, 4, True, 0, 40)
