@@ -104,6 +104,7 @@ OP_ITEMS = {
     "gated_attention_blocks": (),
 }
 TIMES = {"mask_match": "mask-match-time", "mask_iou": "mask-match-time", "gated_attention": "gated-attention-time"}
+DTYPES = {"gated_attention": ("bfloat16", "float32")}  # to measure, if not float32 alone
 KINDS = ("op", "pipeline", "stage", "training", "memory", "scaling")
 
 
@@ -357,11 +358,12 @@ def _benchmarks(arguments: argparse.Namespace, out: Path):
     def listing(kind: str) -> Step:
         return Step(f"list {kind}", [*run, kind, "--list", *common], 120, settles=(f"{kind}-rows",))
 
-    def bench(kind: str, what: str) -> Step:
+    def bench(kind: str, what: str, dtype: str) -> Step:
         settles = (f"{kind}-rows", *((TIMES[what],) if what in TIMES else ()))
         back_ends = ("cuda", "triton") if what in TIMES and arguments.device != "cpu" else ()
-        command = [*run, kind, what, *common, "--seconds", "2", "--output", str(out / "rows.jsonl")]
-        return Step(f"{kind} {what}", command, 240, settles, back_ends, rows=True)
+        command = [*run, kind, what, *common, "--dtype", dtype, "--seconds", "2", "--output", str(out / "rows.jsonl")]
+        name = f"{kind} {what}" if dtype == "float32" else f"{kind} {what} {dtype}"
+        return Step(name, command, 240, settles, back_ends, rows=True)
 
     return listing, bench
 
@@ -371,7 +373,8 @@ def _sent(benches, kinds: tuple[str, ...]) -> Generator[Step, list[str] | None, 
     for kind in kinds:
         lines = yield listing(kind)
         for what in dict.fromkeys(re.findall(r"^(\w+) +b?(?:float|int)\d+ ", "\n".join(lines or ()), re.MULTILINE)):
-            yield bench(kind, what)
+            for dtype in DTYPES.get(what, ("float32",)):
+                yield bench(kind, what, dtype)
 
 
 def _missing(tool: str) -> str | None:

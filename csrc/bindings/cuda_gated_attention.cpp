@@ -8,7 +8,8 @@ void bind_gated_attention(py::module_& m) {
   m.def(
       "gated_attention",
       [](const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& strides,
-         const std::array<int64_t, 7>& sizes, bool gate, int64_t number, uintptr_t mean_map, int device, uintptr_t stream) {
+         const std::array<int64_t, 7>& sizes, bool gate, int64_t number, uintptr_t mean_map, int device,
+         uintptr_t stream) {
         raise_unless_ok(gated_attention_cuda(gated_attention_args(addresses, strides, sizes, gate, number),
                                              pointer<float>(mean_map), device, pointer<void>(stream)),
                         "gated_attention");

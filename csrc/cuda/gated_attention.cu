@@ -61,6 +61,7 @@ int64_t ceiling(int64_t count, int64_t per) { return (count + per - 1) / per; }
 template <size_t BYTES = 0, class K, class... A>
 cudaError_t launch(K kernel, int64_t blocks, cudaStream_t queue, const A&... arguments) {
   constexpr size_t asked = BYTES > kStatic ? BYTES : 0;
+  static_assert(asked <= 99 << 10, "more than sm_86 lends a block");
   if constexpr (asked > 0) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);
     if (error != cudaSuccess) return error;

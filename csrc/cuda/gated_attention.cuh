@@ -3,8 +3,8 @@
 #include "gated_attention_tiles.cuh"
 #include "p2s/gated_attention.h"
 
-// The blocks of gated attention, which every thread of a block, or a loop over its threads and warps on the host, runs in
-// the same order. Between two phases that share a tile there is a barrier.
+// The blocks of gated attention, which every thread of a block, or a loop over its threads and warps on the host, runs
+// in the same order. Between two phases that share a tile there is a barrier.
 namespace p2s {
 namespace {
 
@@ -40,18 +40,23 @@ struct Gradients {
   float* grad_logits;  // (batch, queries, n): what the maps add to the gradient of each head's scaled logits
 };
 
-// What a block of one head and `per` rows or keys works on.
+// What a block of one head works on, `per_warp` rows or keys a warp. The last block of a head may have too few for all
+// its warps; which of them go without changes from head to head, or one scheduler would always have more to do.
 struct Part {
   int64_t item, head, channel;  // `channel`: the head's first
   int first;                    // row or key
+  int per_warp, turn;
 
-  P2S_TILE Part(const GatedAttentionArgs& a, int64_t index, int64_t count, int per) {
-    const int64_t tiles = (count + per - 1) / per;
-    first = static_cast<int>(index % tiles) * per;
+  P2S_TILE Part(const GatedAttentionArgs& a, int64_t index, int64_t count, int per_warp) : per_warp(per_warp) {
+    const int64_t per = kWarps * per_warp, tiles = (count + per - 1) / per;
+    first = static_cast<int>(index % tiles * per);
     head = index / tiles % a.heads;
     item = index / tiles / a.heads;
     channel = a.dim / a.heads * head;
+    turn = static_cast<int>(index / tiles % kWarps);
   }
+
+  P2S_TILE int first_of(int warp) const { return first + (warp + turn) % kWarps * per_warp; }
 };
 
 // Of a block that multiplies with P.
@@ -74,13 +79,13 @@ using BackwardShared = Shared<typename Plan<T>::Backward, STEPS>;
 // Begins to copy rows first, ... of `m` into a tile.
 template <class S, class T>
 P2S_TILE void stage(typename T::Element* tile, const Matrix<T>& m, int first, int thread) {
-  constexpr int parts = S::Shape::kParts;
-  for (int i = thread; i < S::kTile * parts; i += kThreads) {
-    const int row = i / parts, channel = i % parts * kInChunk<T>;
-    const bool there = m.has(first + row);
-    const auto* from = m.at + (there ? (first + row) * m.stride + channel : 0);
-    Block::copy(reinterpret_cast<Chunk*>(tile + row * S::Shape::kLine + channel), reinterpret_cast<const Chunk*>(from),
-                there);
+  constexpr int parts = S::Shape::kParts, at_once = kThreads / parts;
+  const int channel = thread % parts * kInChunk<T>;
+  const auto* from = m.at + (first + thread / parts) * m.stride + channel;
+  for (int row = thread / parts; row < S::kTile; row += at_once, from += at_once * m.stride) {
+    const bool there = first + row < m.limit;
+    Block::copy(reinterpret_cast<Chunk*>(tile + row * S::Shape::kLine + channel),
+                reinterpret_cast<const Chunk*>(there ? from : m.at), there);
   }
 }
 
@@ -161,28 +166,26 @@ P2S_TILE void maps_tile(const Call& c, float* mean_map, int64_t item, int first)
 template <class T, int STEPS>
 P2S_TILE void forward_block(ForwardShared<T, STEPS>& shared, const Call& c, int64_t index) {
   const GatedAttentionArgs& a = c.a;
-  constexpr int per_warp = kForwardRows<T>;
-  const Part part(a, index, a.rows, kWarps * per_warp);
+  const Part part(a, index, a.rows, kForwardRows<T>);
   const auto rows = static_cast<int>(a.rows);
   const Matrix<T> q(a.q, part.item * a.q_item + a.first_row * a.q_row + part.channel, a.q_row, rows);
   Block::PerWarp<ForwardTile<typename Plan<T>::Forward, STEPS, Plan<T>::kForwardTiles>> tiles;
-  Block::warps([&](int warp) { tiles[warp].begin(q, part.first + warp * per_warp, shared, warp); });
+  Block::warps([&](int warp) { tiles[warp].begin(q, part.first_of(warp), shared, warp); });
   for_keys(shared, c, part, [&](int warp, int, int buffer, int keys) {
-    if (part.first + warp * per_warp >= rows) return;
+    if (part.first_of(warp) >= rows) return;
     tiles[warp].add(shared.x[buffer], shared.y[buffer], shared.gate[buffer], keys, c.scale * kLog2e);
   });
   Block::warps([&](int warp) {
     tiles[warp].end(a.out, part.item * a.rows * a.dim + part.channel, a.dim,
-                    a.lse + (part.item * a.heads + part.head) * a.rows, part.first + warp * per_warp, rows);
+                    a.lse + (part.item * a.heads + part.head) * a.rows, part.first_of(warp), rows);
   });
 }
 
 template <class T, int STEPS>
 P2S_TILE void keys_block(BackwardShared<T, STEPS>& shared, const Call& c, const Gradients& g, int64_t index) {
   using S = BackwardShared<T, STEPS>;
-  constexpr int per_warp = kBackwardRows<T>;
   const GatedAttentionArgs& a = c.a;
-  const Part part(a, index, a.n, kWarps * per_warp);
+  const Part part(a, index, a.n, kBackwardRows<T>);
   const auto n = static_cast<int>(a.n), rows = static_cast<int>(a.rows);
   const int64_t output = part.item * a.rows * a.dim + part.channel, scores = (part.item * a.heads + part.head) * a.rows;
   const Matrix<T> k(a.k, part.item * a.k_item + part.channel, a.k_row, n);
@@ -192,7 +195,7 @@ P2S_TILE void keys_block(BackwardShared<T, STEPS>& shared, const Call& c, const 
   Block::PerWarp<KeysTile<typename Plan<T>::Backward, STEPS>> tiles;
   Block::warps([&](int warp) {
     const float* gates = a.gate ? c.mean_map + part.item * n : nullptr;
-    tiles[warp].begin(k, v, gates, part.first + warp * per_warp, shared, warp);
+    tiles[warp].begin(k, v, gates, part.first_of(warp), shared, warp);
   });
   const auto fetch = [&](int start, int buffer, int thread) {
     stage<S>(shared.x[buffer], q, start, thread);
@@ -222,7 +225,7 @@ P2S_TILE void keys_block(BackwardShared<T, STEPS>& shared, const Call& c, const 
     });
     Block::barrier();
     Block::warps([&](int warp) {
-      if (part.first + warp * per_warp >= n) return;
+      if (part.first_of(warp) >= n) return;
       tiles[warp].add(shared.x[buffer], shared.y[buffer], shared.lse, shared.delta,
                       rows - start < S::kTile ? rows - start : S::kTile, c.scale * kLog2e);
     });
@@ -230,7 +233,7 @@ P2S_TILE void keys_block(BackwardShared<T, STEPS>& shared, const Call& c, const 
   Block::warps([&](int warp) {
     float* grad_gate = a.gate ? g.a.grad_gate + (part.item * a.heads + part.head) * n : nullptr;
     tiles[warp].end(g.a.grad_k, g.a.grad_v, part.item * n * a.dim + part.channel, a.dim, grad_gate,
-                    part.first + warp * per_warp, n, c.scale);
+                    part.first_of(warp), n, c.scale);
   });
 }
 
@@ -263,31 +266,30 @@ P2S_TILE void maps_gradient(const Call& c, const Gradients& g, int64_t index) {
 template <class T, int STEPS>
 P2S_TILE void rows_block(BackwardShared<T, STEPS>& shared, const Call& c, const Gradients& g, int64_t index) {
   using P = typename Plan<T>::Backward;
-  constexpr int per_warp = kBackwardRows<T>;
   const GatedAttentionArgs& a = c.a;
-  const Part part(a, index, a.n, kWarps * per_warp);
+  const Part part(a, index, a.n, kBackwardRows<T>);
   const auto n = static_cast<int>(a.n), rows = static_cast<int>(a.rows), queries = static_cast<int>(a.queries);
   const int64_t scores = (part.item * a.heads + part.head) * a.rows;
   const Matrix<T> q(a.q, part.item * a.q_item + part.channel, a.q_row, n);
   const Matrix<T> above(g.a.grad_out, part.item * rows * a.dim + part.channel, a.dim, rows);
   Block::PerWarp<RowsTile<P, STEPS>> tiles;
   Block::warps([&](int warp) {
-    const int first = part.first + warp * per_warp;
+    const int first = part.first_of(warp);
     tiles[warp].begin(q, first, above, a.lse + scores, g.delta + scores, first - static_cast<int>(a.first_row), shared,
                       warp);
   });
   for_keys(shared, c, part, [&](int warp, int start, int buffer, int keys) {
-    const int first = part.first + warp * per_warp;
+    const int first = part.first_of(warp);
     if (first >= n) return;
     const auto maps = [&](int lane, int i, int key) {
       const int query = first + P::row(lane, i) - (n - queries);
       return query < 0 || query >= queries ? 0.0f : g.grad_logits[(part.item * queries + query) * n + start + key];
     };
     tiles[warp].add(shared.x[buffer], shared.y[buffer], shared.gate[buffer], keys, c.scale * kLog2e,
-                    first + per_warp > n - queries, maps);
+                    first + part.per_warp > n - queries, maps);
   });
   Block::warps([&](int warp) {
-    store<P, STEPS>(g.a.grad_q, part.item * n * a.dim + part.channel, a.dim, part.first + warp * per_warp, n,
+    store<P, STEPS>(g.a.grad_q, part.item * n * a.dim + part.channel, a.dim, part.first_of(warp), n,
                     tiles[warp].to_q, [&](int, int) { return c.scale; });
   });
 }

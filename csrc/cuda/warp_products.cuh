@@ -2,12 +2,12 @@
 
 #include "warp_mma.cuh"
 
-// What a warp multiplies: 16 or more rows of its own with tiles in shared memory, of 16-bit numbers on tensor cores, of
-// float32 with fused multiply-adds. Both spread 16 x 8 sums and more over the lanes; code above them asks where:
-//   kRows: rows of a warp; kLaneRows, row(lane, i): a lane's; kAcross: neighbouring lanes that have the same rows
-//   kLaneSums: a lane's part of kRows x 8 sums, of which sum i is in the lane's row row_of(i) and column(lane, i)
+// How a warp multiplies its rows with tiles in shared memory: 16-bit numbers on tensor cores, float32 with fused
+// multiply-adds. Both spread kRows x 8 sums over the lanes, in their own way; who uses them asks where a sum is:
+//   kRows: of a warp; kLaneRows, row(lane, i): of a lane; kAcross: neighbouring lanes that have the same rows
+//   kLaneSums: a lane's part of kRows x 8 sums, of which number i is in the lane's row row_of(i) and column(lane, i)
 //   kTile: rows of a tile; kStep: rows of a tile that the gradients take at a time
-//   Rows: the rows of the warp as left factors, perhaps in Space, which is the block's
+//   Rows: a warp's rows as left factors, which may be in Space, shared memory of the block
 namespace p2s {
 namespace {
 
@@ -144,9 +144,8 @@ struct TensorProducts {
   }
 };
 
-// Lane 8 r + c has LANE_ROWS rows r, r + 4, ... and of each 8 columns number c, but of a head's channels 4 c to 4 c + 3 of
-// each 32, as if the channels stood in that order: a chunk. Left factors are in shared memory, where 8 lanes ask for the
-// same chunk.
+// Lane 8 r + c has rows r, r + 4, ... (LANE_ROWS of them) and of each 8 columns number c; but where columns are channels,
+// 4 c to 4 c + 3 of each 32, which is one chunk. Left factors are in shared memory, where 8 lanes ask for the same chunk.
 template <int LANE_ROWS>
 struct PlainProducts {
   static constexpr int kRows = 4 * LANE_ROWS, kLaneRows = LANE_ROWS, kAcross = 8, kLaneSums = LANE_ROWS;
