@@ -144,8 +144,9 @@ struct TensorProducts {
   }
 };
 
-// Lane 8 r + c has rows r, r + 4, ... (LANE_ROWS of them) and of each 8 columns number c; but where columns are channels,
-// 4 c to 4 c + 3 of each 32, which is one chunk. Left factors are in shared memory, where 8 lanes ask for the same chunk.
+// Lane 8 r + c has rows r, r + 4, ... (LANE_ROWS of them) and of each 8 columns number c; but where columns are
+// channels, 4 c to 4 c + 3 of each 32, which is one chunk. Left factors are in shared memory, where 8 lanes ask for the
+// same chunk.
 template <int LANE_ROWS>
 struct PlainProducts {
   static constexpr int kRows = 4 * LANE_ROWS, kLaneRows = LANE_ROWS, kAcross = 8, kLaneSums = LANE_ROWS;
