@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import ConfigError
 from .parser import OK, Parser, number, tell, whole, yes_no
-from .runs import GENERATOR_OPTIONS, add_generator_options, add_sam_options, chosen, names
+from .runs import GENERATOR_OPTIONS, add_generator_options, add_sam_options, chosen, names, place_data
 
 __all__ = ["HELP", "parser", "run"]
 
@@ -19,11 +19,13 @@ _DESCRIPTION = """Measure localization accuracy on photos with annotated boxes, 
 Coarse maps are scored alone and, with --masks, matched with SAM's masks. DIR gets report.md (every protocol spelled
 out, the oracle threshold beside fixed ones), summary.json, photos_*.csv with a row a photo from which all numbers can
 be computed again, plots, and a contact sheet of the best and worst photos. Mask galleries are kept in --galleries, so
-that a second study of the same photos takes seconds. Photos with masks instead of boxes (OpenImages) get PxAP. Under
-torchrun all GPUs share the photos.
+that a second study of the same photos takes seconds. A model of other classes than the data's is measured by its boxes
+alone, whatever the class; a baseline's maps are then of the class that it finds likeliest. Photos with masks instead of
+boxes (OpenImages) get PxAP. Under torchrun all GPUs share the photos.
 
 examples:
   pro2sam-fast evaluate --data cub --root CUB_200_2011 --coarse runs/cub --output eval
+  pro2sam-fast evaluate --data CUB_200_2011 --coarse runs/one,cam:runs/one --output eval
   pro2sam-fast evaluate --data cub --root CUB_200_2011 --masks --galleries galleries --output eval
   pro2sam-fast evaluate --data ilsvrc --root imagenet --boxes val_xml --coarse gtformer.pth --protocol sat,wsoleval \\
       --masks --sam vit_h --sam-checkpoint sam_vit_h_4b8939.pth --sam-input 224 --output eval
@@ -38,8 +40,10 @@ def parser() -> ArgumentParser:
         description=_DESCRIPTION,
         usage="pro2sam-fast evaluate --data NAME --root DIR --output DIR [options]",
     )
-    parser.add_argument("--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol or folder")
-    parser.add_argument("--root", type=str, metavar="DIR", help="folder of the data set")
+    parser.add_argument(
+        "--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol, folder or flat, or the data set's folder"
+    )
+    parser.add_argument("--root", type=str, metavar="DIR", help="folder of the data set, if --data names its kind")
     parser.add_argument("--output", type=str, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--boxes", type=str, metavar="PATH", help="annotations: CSV, COCO file, XML folder; folder of the masks (wsol)"
@@ -89,9 +93,10 @@ def parser() -> ArgumentParser:
 
 
 def run(arguments: Namespace) -> int:
-    for name in ("data", "root", "output"):
+    for name in ("data", "output"):
         if arguments[name] is None:
             raise ConfigError(f"--{name} is missing")
+    place_data(arguments)
     from ..data.localization import open_dataset
     from ..eval.ranks import ranks, under_torchrun
     from ..eval.study import Study, external_scores

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import ConfigError
 from .parser import OK, Parser, number, tell, whole, yes_no
-from .runs import names
+from .runs import names, place_data
 
 __all__ = ["HELP", "parser", "run"]
 
@@ -22,6 +22,11 @@ losses on maps, whose class maps `evaluate --coarse cam:RUN` takes. RUN gets arg
 last.safetensors and, with photos to choose by, best.safetensors. The same command continues an interrupted run. The
 result is for `pro2sam-fast localize photos --coarse RUN`. Under torchrun all GPUs share every batch.
 
+Data are CUB-200-2011 (cub), ImageNet (ilsvrc), metadata of wsolevaluation (wsol), a folder for each class (folder), or
+photos in one folder that begin with their WordNet id, n01440764_tench.JPEG (flat): with one photo of each class that is
+the one-image-per-class setting. `pro2sam-fast evaluate` takes RUN and any photos with boxes; where their classes are
+others, it measures localization alone.
+
 lite trains the bundled pair: SAM-lite from photos with masks, GTFormer-lite from labels. DATA holds coco200, bsds500,
 cub10, caltech101_24, imagenet1k_one_per_class and foreground, as the model card (pro2sam_fast/weights/README.md) says.
 RUN/lite.safetensors is the result. Hours on a CPU. Needs: pip install "pro2sam-fast[train]"
@@ -30,6 +35,7 @@ examples:
   pro2sam-fast train gtformer --data folder --root photos --arch lite --run runs/mine
   pro2sam-fast train gtformer --data cub --root CUB_200_2011 --pretrained --amp --run runs/cub
   torchrun --nproc-per-node 4 --no-python pro2sam-fast train gtformer --data ilsvrc --root imagenet --run runs/in
+  pro2sam-fast train gtformer --data imagenet1k_one_per_class --arch lite --run runs/one
   pro2sam-fast train lite --data data --run runs/lite
 """
 
@@ -42,10 +48,15 @@ def parser() -> ArgumentParser:
         usage="pro2sam-fast train {gtformer,sat,cam,lite} --data NAME --run DIR [options]",
     )
     parser.add_argument("what", choices=[*_TRAINED, "lite"], metavar="WHAT", help="gtformer, sat, cam or lite")
-    parser.add_argument("--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol or folder; for lite a folder")
+    parser.add_argument(
+        "--data",
+        type=str,
+        metavar="NAME",
+        help="cub, ilsvrc, wsol, folder or flat, or the data set's folder; for lite a folder",
+    )
     parser.add_argument("--run", type=str, metavar="DIR", help="folder for logs, checkpoints and the result")
     group = parser.add_argument_group("data of gtformer, sat and cam")
-    group.add_argument("--root", type=str, metavar="DIR", help="folder of the data set")
+    group.add_argument("--root", type=str, metavar="DIR", help="folder of the data set, if --data names its kind")
     group.add_argument("--metadata", type=str, metavar="DIR", help="training metadata folder (wsol)")
     group.add_argument("--images-per-class", type=whole, metavar="K", help="few-shot: so many photos of each class")
     group.add_argument(
@@ -132,8 +143,7 @@ def _run_gtformer(arguments: Namespace) -> int:
     from ..train.gtformer import TrainConfig, train_gtformer
     from ..train.losses import AREA_TARGETS, LOSS_PRESETS
 
-    if arguments.root is None:
-        raise ConfigError("--root DIR is missing, the folder of the data set")
+    place_data(arguments)
     options = {"images_per_class": arguments.images_per_class}
     data = open_dataset(arguments.data, arguments.root, True, metadata=arguments.metadata, **options)
     cam = arguments.what == "cam"

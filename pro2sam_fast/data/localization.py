@@ -4,6 +4,7 @@
     ILSVRC          ImageNet-1k: train folders; val photos with a list of labels and boxes as XML files or one CSV
     WSOLMetadata    photos by the metadata folders of wsolevaluation (Choe et al. 2020): CUB, ILSVRC, OpenImages
     ImageFolder     your own photos, a folder for each class; boxes from a CSV, COCO or VOC annotation, or none
+    FlatFolder      ImageNet photos in one folder, n01440764_tench.JPEG: one image per class
     voc_labels, coco_labels    the image-level labels of detection data sets
 
 All hold a list of `LabelledPhoto` and raise DataError with file and line for what is malformed or missing.
@@ -12,10 +13,11 @@ All hold a list of `LabelledPhoto` and raise DataError with file and line for wh
 from __future__ import annotations
 
 import csv
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,15 @@ from .tables import convert, lines, load_json, open_image, require_files, rows
 __all__ = [
     "CUB200",
     "ILSVRC",
+    "FlatFolder",
     "ImageFolder",
     "LabelledPhoto",
     "LocalizationDataset",
     "WSOLMetadata",
+    "class_key",
     "coco_labels",
     "few_shot",
+    "kind_of",
     "open_dataset",
     "voc_labels",
 ]
@@ -373,10 +378,63 @@ class ImageFolder(LocalizationDataset):
         if strangers := sorted(set(folders) - set(names)):
             raise DataError(f"{root}: the folder {strangers[0]!r} is none of the {len(names)} classes.")
         photos = _class_folders(root, names)
-        if boxes is not None:
-            found = _folder_boxes(Path(boxes), {p.id: p for p in photos})
-            photos = [LabelledPhoto(p.id, p.path, p.label, tuple(found.get(p.id, ()))) for p in photos]
-        super().__init__(photos, names, **options)
+        super().__init__(photos if boxes is None else _with_boxes(photos, Path(boxes)), names, **options)
+
+
+_WNID = re.compile(r"n\d{8}")
+
+
+def class_key(name: str) -> str:
+    """What tells classes apart across data sets: the WordNet id that a name begins with, else the name."""
+    return found[0] if (found := _WNID.match(name)) else name
+
+
+class FlatFolder(LocalizationDataset):
+    """ImageNet photos in one folder, the class in the file's name: ``root/<wnid>_<name>``, as n01440764_tench.JPEG.
+
+    Classes are the WordNet ids in ascending order, so that all 1,000 have ImageNet's indices. A class is called what
+    its first photo is, n01440764_tench, or by the id alone where a number follows, n01440764_18.JPEG.
+
+    Args:
+        root: see above.
+        boxes: as for `ImageFolder`, or None.
+        class_names: of another data set, so that indices agree; they begin with the WordNet id.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        boxes: str | Path | None = None,
+        class_names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        root = Path(root)
+        paths = _photos_in(root)
+        if strangers := [path for path in paths if not _WNID.match(path.name)]:
+            raise DataError(
+                f"{root}: {len(strangers)} of {len(paths)} photos don't begin with a WordNet id like n01440764_tench, "
+                f"the first is {strangers[0].name}."
+            )
+        first = {class_key(path.stem): path.stem for path in reversed(paths)}
+        names = [key if re.fullmatch(r"[\W_]*\d*", name[len(key) :]) else name for key, name in sorted(first.items())]
+        names = names if class_names is None else list(class_names)
+        index = {class_key(name): label for label, name in enumerate(names)}
+        if unknown := sorted(first.keys() - index.keys()):
+            raise DataError(f"{root}: {first[unknown[0]]} is of none of the {len(names)} classes.")
+        photos = [LabelledPhoto(path.name, path, index[class_key(path.stem)]) for path in paths]
+        super().__init__(photos if boxes is None else _with_boxes(photos, Path(boxes)), names, **options)
+
+
+def _photos_in(root: Path) -> list[Path]:
+    try:
+        return sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
+    except OSError as error:
+        raise DataError(f"{root}: can't be listed ({error.strerror}).") from error
+
+
+def _with_boxes(photos: Sequence[LabelledPhoto], path: Path) -> list[LabelledPhoto]:
+    found = _folder_boxes(path, {p.id: p for p in photos})
+    return [replace(photo, boxes=tuple(found.get(photo.id, ()))) for photo in photos]
 
 
 def _folder_boxes(path: Path, photos: dict[str, LabelledPhoto]) -> dict[str, list]:
@@ -456,7 +514,17 @@ def _multi_label(root: Path, listed: Iterable[tuple], names: list[str]) -> list[
     return photos
 
 
-KINDS = ("cub", "ilsvrc", "wsol", "folder")
+KINDS = ("cub", "ilsvrc", "wsol", "folder", "flat")
+
+
+def kind_of(root: str | Path) -> str:
+    """The kind of data that a folder holds, by its layout: "cub", "ilsvrc", "flat", else "folder"."""
+    root = Path(root)
+    if any((root / name).exists() for name in ("images.txt", "test_list.txt")):
+        return "cub"
+    if (root / "train").is_dir() and any(_WNID.fullmatch(p.name) for p in _folders(root / "train")):
+        return "ilsvrc"
+    return "flat" if any(_WNID.match(p.name) for p in _photos_in(root)) else "folder"
 
 
 def open_dataset(
@@ -469,12 +537,13 @@ def open_dataset(
     class_names: Sequence[str] | None = None,
     **options: Any,
 ) -> LocalizationDataset:
-    """A data set by the name of its kind: "cub", "ilsvrc", "wsol" (with ``metadata``) or "folder".
+    """A data set by the name of its kind: "cub", "ilsvrc", "wsol" (with ``metadata``), "folder" or "flat".
 
     Args:
-        train: the part with labels to learn from, or the one to evaluate on ("wsol" and "folder" have what ``root`` and
-            ``metadata`` name).
-        boxes: of "ilsvrc" and "folder"; of "wsol" the folder of the masks. class_names: of "wsol" and "folder".
+        train: the part with labels to learn from, or the one to evaluate on ("wsol", "folder" and "flat" have what
+            ``root`` and ``metadata`` name).
+        boxes: of "ilsvrc", "folder" and "flat"; of "wsol" the folder of the masks. class_names: of "wsol", "folder" and
+            "flat".
         options: of `LocalizationDataset`.
 
     Raises:
@@ -482,7 +551,7 @@ def open_dataset(
     """
     given = {"boxes": boxes, "metadata": metadata, "class_names": class_names}
     named = ("boxes", "class_names")
-    taken = {"cub": (), "ilsvrc": ("boxes",), "wsol": ("metadata", *named), "folder": named}
+    taken = {"cub": (), "ilsvrc": ("boxes",), "wsol": ("metadata", *named), "folder": named, "flat": named}
     if kind not in taken:
         raise ConfigError(f"the kind of data must be one of {', '.join(KINDS)}, got {kind!r}")
     if surplus := [n for n, v in given.items() if v is not None and n not in taken[kind] and n != "class_names"]:
@@ -498,4 +567,4 @@ def open_dataset(
         if metadata is None:
             raise ConfigError("data of kind 'wsol' needs metadata, the folder with image_ids.txt")
         return WSOLMetadata(root, metadata, boxes, class_names, **options)
-    return ImageFolder(root, **chosen, **options)
+    return (FlatFolder if kind == "flat" else ImageFolder)(root, **chosen, **options)

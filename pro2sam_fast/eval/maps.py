@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.localization import LabelledPhoto, LocalizationDataset
+from ..data.localization import LabelledPhoto, LocalizationDataset, class_key
 from ..data.tables import open_image
 from ..data.views import TestView, ten_crops
 from ..errors import ConfigError, DataError
@@ -33,6 +33,7 @@ __all__ = [
     "evaluate_pixels",
     "predict_maps",
     "predict_on_all_ranks",
+    "shared_classes",
 ]
 
 SELECTIONS = ("fixed", "oracle_sum", "val_split")
@@ -40,13 +41,26 @@ SELECTIONS = ("fixed", "oracle_sum", "val_split")
 
 @dataclass
 class Predictions:
-    """What a model says of n photos: ids; maps float32 (n, h, w); scores float32 (n, C), logits, or None; sizes (W, H)
-    of the photos."""
+    """What a model says of n photos: ids; maps float32 (n, h, w); scores float32 (n, C), logits of the data's classes,
+    or None; sizes (W, H) of the photos."""
 
     ids: list[str]
     maps: np.ndarray
     scores: np.ndarray | None
     sizes: list[tuple[int, int]]
+
+
+def shared_classes(model: Sequence[str], data: Sequence[str]) -> list[int]:
+    """The model's class of each of the data's classes, by their names; empty if the model lacks one.
+
+    Names that begin with a WordNet id are compared by it. Where one side's names are but numbers, as for metadata of
+    wsolevaluation, as many classes are the same ones.
+    """
+    if any(list(names) == [str(i) for i in range(len(names))] for names in (model, data)):
+        return list(range(len(data))) if len(model) == len(data) else []
+    place = {class_key(name): i for i, name in enumerate(model)}
+    found = [place.get(class_key(name)) for name in data]
+    return [] if None in found else found
 
 
 @torch.inference_mode()
@@ -60,36 +74,43 @@ def predict_maps(
     ten_crop: bool = False,
     ten_crop_resize: int = 256,
     indices: Sequence[int] | None = None,
+    classes: Sequence[int] | None = None,
 ) -> Predictions:
     """Maps and class scores of the photos in the protocol's view.
 
     Args:
         model: (B, 3, S, S) -> {"map": (B, h, w), "logits": (B, C) or None}, in evaluation mode. A `Baseline` of the
             data's classes gives the map of the annotated class, as GT-known and Top-5 localisation want it; where
-            Top-1 is right, it is that of the predicted class.
+            Top-1 is right, it is that of the predicted class. One of other classes gives that of its predicted class.
         data: photos.
         rules: gives resize and crop.
         ten_crop: scores are the logarithm of the mean softmax over ten crops of the photo at ``ten_crop_resize``
             squared; maps always come from the central view.
         indices: of the photos, e.g. this rank's share; None for all.
+        classes: the model's class of each of the data's, see `shared_classes`; empty if they differ, and then there
+            are no scores. None: the same, if there are as many.
     """
     rules = protocol(rules) if isinstance(rules, str) else rules
     view = TestView(rules.resize, rules.crop)
     chosen = list(range(len(data)) if indices is None else indices)
-    of_label = isinstance(model, Baseline) and model.num_classes == len(data.class_names)
+    of_data = len(data.class_names)
+    if isinstance(model, Baseline) and classes is None and model.num_classes != of_data:
+        classes = ()
+    of_label = isinstance(model, Baseline) and (classes is None or len(classes) > 0)
+    columns = list(range(of_data) if classes is None else classes)
     maps, scores, sizes = [], [], []
     for start in range(0, len(chosen), batch_size):
         photos = [data.photos[i] for i in chosen[start : start + batch_size]]
         images = [open_image(photo.path).convert("RGB") for photo in photos]
         sizes += [image.size for image in images]
-        classes = (torch.tensor([photo.label for photo in photos], device=device),) if of_label else ()
-        out = model(torch.stack([view(image) for image in images]).to(device), *classes)
+        labels = (torch.tensor([columns[photo.label] for photo in photos], device=device),) if of_label else ()
+        out = model(torch.stack([view(image) for image in images]).to(device), *labels)
         maps.append(out["map"].float().cpu().numpy())
-        if out.get("logits") is not None:
-            logits = out["logits"].float()
-            if ten_crop and logits.shape[1] == len(data.class_names):
+        logits = out.get("logits")
+        if logits is not None and columns and (classes is not None or logits.shape[1] == of_data):
+            if ten_crop:
                 logits = torch.stack([_ten_crop_scores(model, image, ten_crop_resize, device) for image in images])
-            scores.append(logits.cpu().numpy())
+            scores.append(logits.float()[:, columns].cpu().numpy())
     return Predictions(
         [data.photos[i].id for i in chosen],
         np.concatenate(maps) if maps else np.zeros((0, 1, 1), np.float32),

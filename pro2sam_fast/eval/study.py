@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,22 @@ from ..errors import ConfigError, DataError
 from ..generator import MaskGenerator
 from ..io import write_atomic
 from ..models.gtformer import GTFormer
-from ..models.lite import load_lite
+from ..models.lite import LabelHead, load_lite
 from ..pipelines.pro2sam import resolve_device
 from ..train.lite_gtformer import class_activation_map
 from .baselines import BASELINES
 from .contact_sheet import contact_sheet
 from .gallery_cache import GalleryCache
 from .localization import ERROR_TYPES, LocalizationAccuracy, box_accuracy, error_taxonomy
-from .maps import MapReport, PixelReport, Predictions, evaluate_maps, evaluate_pixels, predict_on_all_ranks
+from .maps import (
+    MapReport,
+    PixelReport,
+    Predictions,
+    evaluate_maps,
+    evaluate_pixels,
+    predict_on_all_ranks,
+    shared_classes,
+)
 from .masks import MaskReport, evaluate_masks
 from .protocols import Protocol, protocol
 from .ranks import gathered, ranks
@@ -43,26 +51,29 @@ ABLATIONS = {
 }
 
 
-def coarse_model(name: str) -> Callable[[Tensor], dict[str, Tensor]] | nn.Module:
-    """A coarse model by name: "lite", "cam" (class activation map of lite's trunk for its likeliest ImageNet class), a
-    run of `pro2sam-fast train`, an official checkpoint, or with "cam:", "gradcam:" or "rollout:" before one of the
-    last two its baseline of that name."""
+def coarse_model(name: str) -> tuple[nn.Module, Sequence[str]]:
+    """A coarse model by name and the names of its classes, numbers if they are unknown.
+
+    "lite", "cam" (class activation map of lite's trunk for its likeliest ImageNet class), a run of `pro2sam-fast
+    train`, an official checkpoint, or with "cam:", "gradcam:" or "rollout:" before one of the last two its baseline of
+    that name.
+    """
+    if name in ("cam", "lite"):
+        lite = load_lite()
+        return (_Cam(lite.classifier), lite.class_names) if name == "cam" else (lite.coarse, lite.coarse_class_names)
     kind, _, path = name.partition(":")
-    if path and kind in BASELINES:
-        return BASELINES[kind](load_coarse(path)[0].model)
-    if name == "cam":
-        return _Cam()
-    if name == "lite":
-        return load_lite().coarse
-    return load_coarse(name)[0].model
+    baseline = BASELINES.get(kind) if path else None
+    net, names = load_coarse(path if baseline else name)
+    names = [str(i) for i in range(net.model.config.num_classes)] if names is None else names
+    return baseline(net.model) if baseline else net.model, names
 
 
 class _Cam(nn.Module):
     """Zhou et al. 2016; its logits are ImageNet's and stay out of the report."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: LabelHead) -> None:
         super().__init__()
-        self.head = load_lite().classifier
+        self.head = head
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.head.trunk.features(self.head.renormalise(x))[-1]
@@ -156,11 +167,14 @@ class Study:
         self.masks: dict[str, MaskReport] = {}
         self.predictions: dict[str, Predictions] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
+        self.classes: dict[str, list[int]] = {}
         self.ablations, self.ablated = tuple(ablations), {name: [] for name in ABLATIONS if name in ablations}
 
     def add_maps(self, name: str) -> None:
         """Scores a coarse model's maps against boxes under all protocols, or against masks where photos have these."""
-        model = coarse_model(name).eval().to(self.device)
+        model, class_names = coarse_model(name)
+        model = model.eval().to(self.device)
+        self.classes[name] = shared_classes(class_names, self.data.class_names)
         net = getattr(model, "net", model)
         if isinstance(net, GTFormer) and "tokens" in self.ablations:
             self.sizes[name] = net.config.num_query_tokens, sum(p.numel() for p in net.parameters())
@@ -168,23 +182,25 @@ class Study:
         if not any(photo.masks for photo in self.data.photos):
             for rules in self.protocols:
                 if rules.resize not in views:
-                    views[rules.resize] = self._predict(model, rules)
+                    views[rules.resize] = self._predict(name, model, rules)
                 self.maps[name, rules.name] = evaluate_maps(
-                    views[rules.resize], self.data, rules, fixed=self.fixed, **self._threshold(model, rules)
+                    views[rules.resize], self.data, rules, fixed=self.fixed, **self._threshold(name, model, rules)
                 )
         # masks are matched, and pixels counted, in the whole photo
-        whole = views[224] if 224 in views else self._predict(model, protocol("direct224"))
+        whole = views[224] if 224 in views else self._predict(name, model, protocol("direct224"))
         self.predictions[name] = whole
         if not self.maps:
             self.pixels[name] = evaluate_pixels(whole, self.data)
 
-    def _threshold(self, model: nn.Module, rules: Protocol) -> dict[str, Any]:
+    def _threshold(self, name: str, model: nn.Module, rules: Protocol) -> dict[str, Any]:
         if self.val is not None:
-            held_out = evaluate_maps(self._predict(model, rules, self.val), self.val, rules)
+            held_out = evaluate_maps(self._predict(name, model, rules, self.val), self.val, rules)
             return {"selection": "val_split", "threshold": held_out.threshold}
         return {"selection": "oracle_sum" if self.threshold is None else "val_split", "threshold": self.threshold}
 
-    def _predict(self, model: nn.Module, rules: Protocol, data: LocalizationDataset | None = None) -> Predictions:
+    def _predict(
+        self, name: str, model: nn.Module, rules: Protocol, data: LocalizationDataset | None = None
+    ) -> Predictions:
         test = data is None
         data = self.data if data is None else data
         found = predict_on_all_ranks(
@@ -194,11 +210,10 @@ class Study:
             batch_size=self.batch_size,
             device=self.device,
             ten_crop=self.ten_crop and self.scores is None,
+            classes=self.classes[name],
         )
         if self.scores is not None and test:
             found.scores = np.stack([self.scores[key] for key in found.ids])
-        elif found.scores is not None and found.scores.shape[1] != len(data.class_names):
-            found.scores = None  # of other classes
         return found
 
     def add_masks(
@@ -246,7 +261,7 @@ class Study:
         """Writes everything and returns the path of ``report.md``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         summary: dict[str, Any] = {"photos": len(self.data), "maps": [], "pixels": [], "masks": []}
-        parts = [f"# Localization accuracy on {len(self.data)} photos\n"]
+        parts = [f"# Localization accuracy on {len(self.data)} photos\n", *self._other_classes()]
         for (name, rules), report in self.maps.items():
             stem = f"photos_{_slug(name)}_{rules}"
             records = list(report.accuracy.records.values())
@@ -293,6 +308,16 @@ class Study:
         path = self.folder / "report.md"
         write_atomic(path, "\n".join(parts).encode())
         return path
+
+    def _other_classes(self) -> list[str]:
+        if not (others := [f"`{name}`" for name, shared in self.classes.items() if not shared]):
+            return []
+        return [
+            f"The {len(self.data.class_names)} classes of the data aren't among those of {', '.join(others)}. Its maps "
+            "are taken as they are, those of class activation or Grad-CAM for the class that it finds likeliest. "
+            "Localization needs no class, so GT-known and box accuracy are measured all the same; Top-1 and Top-5 only "
+            "with class scores of another model.\n"
+        ]
 
     def _ablation_tables(self) -> list[str]:
         # in the layouts of the Pro2SAM paper: Table 6 for masks, Table 5 for tokens

@@ -9,9 +9,12 @@ from PIL import Image
 from pro2sam_fast.data.localization import (
     CUB200,
     ILSVRC,
+    FlatFolder,
     ImageFolder,
     WSOLMetadata,
     coco_labels,
+    kind_of,
+    open_dataset,
     voc_labels,
 )
 from pro2sam_fast.errors import ConfigError, DataError
@@ -259,3 +262,34 @@ def test_labels_of_coco(tmp_path):
     path.write_text("[]")
     with pytest.raises(DataError, match=r"instances.json: not a COCO annotation file: the top level must be an object"):
         coco_labels(tmp_path, path)
+
+
+def test_photos_by_wordnet_id(tmp_path):
+    for name in ("n02_x", "n00000002_great_white_shark", "n00000001_tench", "n00000003_18", "n00000001_tench_2"):
+        photo(tmp_path / f"{name}.JPEG")
+    with pytest.raises(DataError, match=r"1 of 5 photos don't begin with a WordNet id .* the first is n02_x.JPEG"):
+        FlatFolder(tmp_path)
+    (tmp_path / "n02_x.JPEG").unlink()
+    data = FlatFolder(tmp_path)
+    assert data.class_names == ["n00000001_tench", "n00000002_great_white_shark", "n00000003"]
+    assert [p.label for p in data.photos] == [0, 0, 1, 2] and data.photos[0].id == "n00000001_tench.JPEG"
+    assert len(FlatFolder(tmp_path, images_per_class=1)) == 3
+    other = FlatFolder(tmp_path, class_names=["n00000000", "n00000003", "n00000002", "n00000001"])
+    assert [p.label for p in other.photos] == [3, 3, 2, 1]
+    with pytest.raises(DataError, match="n00000001_tench is of none of the 1 classes"):
+        FlatFolder(tmp_path, class_names=["n00000002"])
+    (tmp_path / "boxes.csv").write_text("n00000003_18.JPEG,1,2,3,4\n")
+    assert open_dataset("flat", tmp_path, False, boxes=tmp_path / "boxes.csv").photos[3].boxes == ((1, 2, 3, 4),)
+
+
+def test_kind_by_layout(folder, imagenet):
+    assert kind_of(folder / "cat") == "folder"
+    photo(folder / "cat" / "n00000001_tench.JPEG")
+    assert kind_of(folder / "cat") == "flat"
+    assert kind_of(folder) == "folder"
+    (folder / "train" / "n00000001").mkdir()
+    assert kind_of(folder) == "ilsvrc"
+    (folder / "images.txt").touch()
+    assert kind_of(folder) == "cub"
+    with pytest.raises(DataError, match="can't be listed"):
+        kind_of(folder / "none")

@@ -15,7 +15,7 @@ from pro2sam_fast.eval import maps
 from pro2sam_fast.eval.baselines import ClassActivation
 from pro2sam_fast.eval.box_accuracy import MaxBoxAcc
 from pro2sam_fast.eval.localization import LocalizationAccuracy
-from pro2sam_fast.eval.maps import evaluate_maps, evaluate_pixels, predict_maps
+from pro2sam_fast.eval.maps import evaluate_maps, evaluate_pixels, predict_maps, shared_classes
 from pro2sam_fast.eval.protocols import PROTOCOLS, prepare_score_maps, transform_boxes
 from pro2sam_fast.eval.pxap import PxAP, ground_truth_pixels
 from pro2sam_fast.eval.table import read_records, write_records
@@ -82,9 +82,20 @@ def test_class_maps_are_those_of_the_annotated_class(data):
             return super().scores(x, classes)
 
     predict_maps(Watched(net), data, "sat")
+    swapped = predict_maps(Watched(net), data, "sat", classes=[1, 0])
+    assert torch.equal(seen.pop(), 1 - labels) and swapped.scores.shape == (len(data), 2)
+    assert predict_maps(Watched(net), data, "sat", classes=[]).scores is None and seen.pop() is None
     data.class_names = ["other", *data.class_names]
     predict_maps(Watched(net), data, "sat")
     assert torch.equal(seen[0], labels) and seen[1] is None, "classes of other data say nothing"
+
+
+def test_classes_by_name():
+    assert shared_classes(["a", "b"], ["b", "a"]) == [1, 0]
+    assert shared_classes(["a", "b", "c"], ["c"]) == [2]
+    assert shared_classes(["a", "b"], ["a", "d"]) == []
+    assert shared_classes(["n00000001_tench", "n00000002"], ["n00000002_shark", "n00000001"]) == [1, 0]
+    assert shared_classes(["0", "1"], ["a", "b"]) == [0, 1] and shared_classes(["a", "b"], ["0", "1", "2"]) == []
 
 
 def test_pixels(data, tmp_path):

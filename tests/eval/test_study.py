@@ -105,6 +105,24 @@ def test_a_threshold_from_other_photos(trained, photos, tmp_path):
     assert entry["metrics"]["GT-known"] >= max(metrics["GT-known"] for metrics in entry["fixed"].values())
 
 
+def test_one_image_per_class_and_other_classes(photos, tmp_path, capsys):
+    for i, name in enumerate(("tench", "goldfish")):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        Image.open(photos / "red" / f"{i}.png").save(tmp_path / "flat" / f"n0000000{i}_{name}.JPEG")
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "flat"), "--arch", "lite", "--epochs", "1", "--device", "cpu"]
+    assert main(["train", "gtformer", *options, "--run", str(run)]) == 0
+    assert load_trained(run)[1].class_names == ("n00000000_tench", "n00000001_goldfish")
+    options = ["--data", str(photos), "--boxes", str(photos / "boxes.csv"), "--coarse", f"{run},cam:{run}"]
+    assert main(["evaluate", *options, "--output", str(tmp_path / "out")]) == 0
+    # as many classes, but others
+    for entry in json.loads((tmp_path / "out" / "summary.json").read_text())["maps"]:
+        assert "GT-known" in entry["metrics"] and "Top-1 Loc" not in entry["metrics"]
+    assert "The 2 classes of the data aren't among those of" in (tmp_path / "out" / "report.md").read_text()
+    assert main(["evaluate", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
+    assert "--root DIR is missing" in capsys.readouterr().err
+
+
 def test_pixels_under_torchrun(photos, tmp_path, monkeypatch):
     """OpenImages' masks, by a process that torchrun started."""
     (tmp_path / "ids").mkdir()
