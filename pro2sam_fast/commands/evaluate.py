@@ -41,13 +41,14 @@ def parser() -> ArgumentParser:
         usage="pro2sam-fast evaluate --data NAME --root DIR --output DIR [options]",
     )
     parser.add_argument(
-        "--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol, folder or flat, or the data set's folder"
+        "--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol, folder, flat, voc, coco, or its folder"
     )
     parser.add_argument("--root", type=str, metavar="DIR", help="folder of the data set, if --data names its kind")
     parser.add_argument("--output", type=str, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--boxes", type=str, metavar="PATH", help="annotations: CSV, COCO file, XML folder; folder of the masks (wsol)"
     )
+    parser.add_argument("--val-list", type=str, metavar="FILE", help="labels: val_list.txt or the devkit's (ilsvrc)")
     parser.add_argument("--metadata", type=str, metavar="DIR", help="metadata folder of wsolevaluation (wsol)")
     parser.add_argument("--device", type=str, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="photos a pass")
@@ -102,7 +103,8 @@ def run(arguments: Namespace) -> int:
     from ..eval.study import Study, external_scores
     from ..pipelines.pro2sam import resolve_device
 
-    data = open_dataset(arguments.data, arguments.root, False, boxes=arguments.boxes, metadata=arguments.metadata)
+    files = {name: arguments[name] for name in ("boxes", "val_list", "metadata")}
+    data = open_dataset(arguments.data, arguments.root, False, **files)
     val = None
     if arguments.val_root is not None or arguments.val_metadata is not None:
         if arguments.data not in ("folder", "wsol"):

@@ -24,8 +24,8 @@ result is for `pro2sam-fast localize photos --coarse RUN`. Under torchrun all GP
 
 Data are CUB-200-2011 (cub), ImageNet (ilsvrc), metadata of wsolevaluation (wsol), a folder for each class (folder), or
 photos in one folder that begin with their WordNet id, n01440764_tench.JPEG (flat): with one photo of each class that is
-the one-image-per-class setting. `pro2sam-fast evaluate` takes RUN and any photos with boxes; where their classes are
-others, it measures localization alone.
+the one-image-per-class setting. In VOC and COCO (voc, coco) the classes of a photo share its label. `pro2sam-fast
+evaluate` takes RUN and any photos with boxes; where their classes are others, it measures localization alone.
 
 lite trains the bundled pair: SAM-lite from photos with masks, GTFormer-lite from labels. DATA holds coco200, bsds500,
 cub10, caltech101_24, imagenet1k_one_per_class and foreground, as the model card (pro2sam_fast/weights/README.md) says.
@@ -52,17 +52,19 @@ def parser() -> ArgumentParser:
         "--data",
         type=str,
         metavar="NAME",
-        help="cub, ilsvrc, wsol, folder or flat, or the data set's folder; for lite a folder",
+        help="cub, ilsvrc, wsol, folder, flat, voc, coco, or the data set's folder; for lite a folder",
     )
     parser.add_argument("--run", type=str, metavar="DIR", help="folder for logs, checkpoints and the result")
     group = parser.add_argument_group("data of gtformer, sat and cam")
     group.add_argument("--root", type=str, metavar="DIR", help="folder of the data set, if --data names its kind")
+    group.add_argument("--boxes", type=str, metavar="FILE", help="COCO's annotations, if not in its layout")
     group.add_argument("--metadata", type=str, metavar="DIR", help="training metadata folder (wsol)")
     group.add_argument("--images-per-class", type=whole, metavar="K", help="few-shot: so many photos of each class")
     group.add_argument(
         "--val-root", type=str, metavar="DIR", help="photos with boxes to choose the best epoch by (folder)"
     )
     group.add_argument("--val-boxes", type=str, metavar="PATH", help="their boxes: CSV, COCO file or XML folder")
+    group.add_argument("--val-list", type=str, metavar="FILE", help="their labels: val_list.txt or devkit's (ilsvrc)")
     group.add_argument("--val-metadata", type=str, metavar="DIR", help="their metadata folder (wsol)")
     group.add_argument(
         "--oracle", action=yes_no(), default=False, help="choose on the test split, as the published code does"
@@ -144,8 +146,10 @@ def _run_gtformer(arguments: Namespace) -> int:
     from ..train.losses import AREA_TARGETS, LOSS_PRESETS
 
     place_data(arguments)
-    options = {"images_per_class": arguments.images_per_class}
-    data = open_dataset(arguments.data, arguments.root, True, metadata=arguments.metadata, **options)
+    files = {"metadata": arguments.metadata, "boxes": arguments.boxes}
+    data = open_dataset(
+        arguments.data, arguments.root, True, **files, images_per_class=arguments.images_per_class
+    )
     cam = arguments.what == "cam"
     preset = arguments.preset or ("default" if arguments.what == "gtformer" else arguments.what)
     if arguments.preset is not None and arguments.what != "gtformer":
@@ -205,11 +209,11 @@ def _evaluation(arguments: Namespace, class_names: list[str], device, wrapper):
     from ..data.localization import open_dataset
     from ..eval.maps import evaluate_maps, predict_on_all_ranks
 
-    val = {"metadata": arguments.val_metadata, "boxes": arguments.val_boxes}
-    if arguments.data in ("cub", "ilsvrc"):
+    val = {"metadata": arguments.val_metadata, "boxes": arguments.val_boxes, "val_list": arguments.val_list}
+    if arguments.data in ("cub", "ilsvrc", "voc", "coco"):
         if not arguments.oracle:
             return None
-        held_out = open_dataset(arguments.data, arguments.root, False, **val)
+        held_out = open_dataset(arguments.data, arguments.root, False, **val, class_names=class_names)
     elif arguments.val_root is None and arguments.val_metadata is None:
         return None
     else:

@@ -31,6 +31,7 @@ __all__ = [
     "Predictions",
     "evaluate_maps",
     "evaluate_pixels",
+    "likeliest_label",
     "predict_maps",
     "predict_on_all_ranks",
     "shared_classes",
@@ -199,7 +200,8 @@ def evaluate_maps(
         for photo, size in zip(photos, predictions.sizes, strict=True)
     ]
     iou, found = sweep_maps(predictions.maps, boxes, grid, rules)
-    labels = np.array([photo.label for photo in photos])
+    scores = [None] * len(photos) if predictions.scores is None else predictions.scores
+    labels = np.array([likeliest_label(photo, own) for photo, own in zip(photos, scores, strict=True)])
     if threshold is None:
         right = np.zeros(len(labels), bool) if predictions.scores is None else predictions.scores.argmax(1) == labels
         located = iou >= 0.5
@@ -209,8 +211,7 @@ def evaluate_maps(
         k = int(np.searchsorted(grid, t))
         accuracy = LocalizationAccuracy(rules)
         for n, key in enumerate(predictions.ids):
-            scores = None if predictions.scores is None else predictions.scores[n]
-            accuracy.update(key, int(labels[n]), boxes[n], found[n, k], scores, ious=iou[n])
+            accuracy.update(key, int(labels[n]), boxes[n], found[n, k], scores[n], ious=iou[n])
         return accuracy
 
     accuracy = at(threshold)
@@ -224,6 +225,13 @@ def evaluate_maps(
         accuracy,
         _max_box_acc(predictions.maps, boxes) if rules.name == "wsoleval" else {},
     )
+
+
+def likeliest_label(photo: LabelledPhoto, scores: np.ndarray | None) -> int:
+    """The photo's class; of several, the one with the highest score, so that Top-k is right if any of them is found."""
+    if scores is None or not photo.labels:
+        return photo.label
+    return max(photo.labels, key=lambda label: scores[label])
 
 
 def _photos(predictions: Predictions, data: LocalizationDataset) -> list[LabelledPhoto]:

@@ -16,7 +16,7 @@ from ..data.tables import open_image
 from ..pipelines.matching import match
 from .gallery_cache import GalleryCache
 from .localization import LocalizationAccuracy
-from .maps import Predictions
+from .maps import Predictions, likeliest_label
 from .protocols import PROTOCOLS, transform_boxes
 from .ranks import gathered, ranks
 
@@ -73,7 +73,7 @@ def evaluate_masks(
         scaled = np.asarray(found.box(box, min_region_box), dtype=np.float64) * _VIEW / np.array([width, height] * 2)
         truth = transform_boxes(photo.boxes, predictions.sizes[n], rules)
         scores = None if predictions.scores is None else predictions.scores[n]
-        own.update(photo.id, photo.label, truth, scaled, scores, source=found.source)
+        own.update(photo.id, likeliest_label(photo, scores), truth, scaled, scores, source=found.source)
     records = {record.id: record for part in gathered(list(own.records.values())) for record in part}
     accuracy = LocalizationAccuracy(rules)
     accuracy.merge(records[key] for key in predictions.ids)

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.localization import LocalizationDataset
+from ..data.localization import LabelledPhoto, LocalizationDataset
 from ..data.tables import open_image
 from ..data.views import TrainView
 from ..errors import ConfigError, Pro2SamError
@@ -104,6 +104,8 @@ class TrainConfig:
 class _Batches(torch.utils.data.Dataset):
     """Item ``step`` is this rank's share of that step's batch: images (b, 3, S, S), labels (b,), indices (b,).
 
+    Where photos can have several classes, labels are (b, C), a photo's classes sharing its 1.
+
     The photos of an epoch are a permutation by (seed, epoch); a photo's crop and flip come from (seed, epoch, photo).
     Ranks take every world-th photo of a batch, so that none is seen twice.
     """
@@ -111,6 +113,7 @@ class _Batches(torch.utils.data.Dataset):
     def __init__(self, data: LocalizationDataset, config: TrainConfig, rank: int, world: int) -> None:
         self.data, self.config, self.rank, self.world = data, config, rank, world
         self.view = TrainView(config.resize, config.crop)
+        self.several = any(photo.labels for photo in data.photos)
         full, rest = divmod(len(data), config.batch_size)
         self.steps_per_epoch = full if config.drop_last or rest == 0 else full + 1
         if self.steps_per_epoch == 0:
@@ -132,8 +135,16 @@ class _Batches(torch.utils.data.Dataset):
         epoch = step // self.steps_per_epoch
         mine = self.indices(step)[self.rank :: self.world]
         views = [self._view(int(i), epoch) for i in mine]
-        labels = torch.tensor([self.data.photos[i].label for i in mine], dtype=torch.int64)
-        return torch.stack(views), labels, torch.from_numpy(mine)
+        return torch.stack(views), self._labels([self.data.photos[i] for i in mine]), torch.from_numpy(mine)
+
+    def _labels(self, photos: list[LabelledPhoto]) -> Tensor:
+        if not self.several:
+            return torch.tensor([photo.label for photo in photos], dtype=torch.int64)
+        shares = torch.zeros(len(photos), len(self.data.class_names))
+        for row, photo in zip(shares, photos, strict=True):
+            classes = list(photo.labels or (photo.label,))
+            row[classes] = 1 / len(classes)
+        return shares
 
     def _view(self, index: int, epoch: int) -> Tensor:
         rng = np.random.default_rng((self.config.seed, epoch, index))

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,3 +237,13 @@ def test_two_ranks_are_one(photos, tmp_path, processes):
 def test_wrong_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         config(**options)
+
+
+def test_classes_share_the_label_of_a_photo(tmp_path):
+    write_photos(tmp_path, classes=2, each=2)
+    data = ImageFolder(tmp_path)
+    data.photos[1] = replace(data.photos[1], labels=(1, 0))
+    batches = _Batches(data, config(batch_size=4), 0, 1)
+    _, labels, order = batches[0]
+    wanted = {0: [1, 0], 1: [0.5, 0.5], 2: [0, 1], 3: [0, 1]}
+    assert labels.tolist() == [wanted[i] for i in order.tolist()]
