@@ -77,6 +77,7 @@ def parser() -> ArgumentParser:
     group.add_argument("--preset", type=str, metavar="NAME", help="default, official or paper")
     group.add_argument("--query-tokens", type=whole, metavar="G", help="4; 1 or 16 to compare (gtformer)")
     group.add_argument("--drop-path", type=number, metavar="P", help="0.1")
+    group.add_argument("--gate", choices=["sigmoid_mean", "none"], help="none: maps without global-token attention")
     group = parser.add_argument_group("training of gtformer, sat and cam")
     for name, kind, text in (
         ("epochs", whole, "30 for CUB, 5 for ILSVRC"),
@@ -85,6 +86,9 @@ def parser() -> ArgumentParser:
         ("lr", number, "learning rate: 1e-4 for CUB, 1.5e-5 for ILSVRC"),
         ("weight-decay", number, "0.05"),
         ("area-target", number, "share of the photo that objects fill: 0.25 for CUB, 0.35 else"),
+        ("lambda1", number, "weight of the losses on the mean map: 1 (gtformer, sat)"),
+        ("lambda2", number, "weight of those on the tokens' maps, of the area loss in scheme mean_map_only: 0.5"),
+        ("loss-scheme", str, "official, mean_map_only (preset paper) or sat"),
         ("ema", number, "decay of averaged weights"),
         ("seed", whole, "6"),
         ("workers", whole, "processes that read photos"),
@@ -154,7 +158,7 @@ def _run_gtformer(arguments: Namespace) -> int:
     preset = arguments.preset or ("default" if arguments.what == "gtformer" else arguments.what)
     if arguments.preset is not None and arguments.what != "gtformer":
         raise ConfigError(f"{arguments.what} has no presets; leave --preset out")
-    shape = {"num_query_tokens": arguments.query_tokens, "drop_path": arguments.drop_path}
+    shape = {"num_query_tokens": arguments.query_tokens, "drop_path": arguments.drop_path, "gate": arguments.gate}
     shape = {name: value for name, value in shape.items() if value is not None}
     spec = ModelSpec(arguments.arch, tuple(data.class_names), preset, shape)
     torch.manual_seed(6 if arguments.seed is None else arguments.seed)
@@ -166,8 +170,10 @@ def _run_gtformer(arguments: Namespace) -> int:
     area = arguments.area_target
     if area is None:
         area = AREA_TARGETS["cub" if arguments.data == "cub" else "ilsvrc"]
+    losses = {"lambda1": arguments.lambda1, "lambda2": arguments.lambda2, "scheme": arguments.loss_scheme}
+    losses = {name: value for name, value in losses.items() if value is not None}
     config = TrainConfig(
-        losses=replace(LOSS_PRESETS[preset], area_target=area),
+        losses=replace(LOSS_PRESETS[preset], area_target=area, **losses),
         amp="bfloat16" if arguments.amp else None,
         auto_batch=arguments.auto_batch,
         **recipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..boxes import iou_exact
 from ..data.localization import LabelledPhoto, LocalizationDataset, class_key
 from ..data.tables import open_image
 from ..data.views import TestView, ten_crops
@@ -29,12 +31,15 @@ __all__ = [
     "MapReport",
     "PixelReport",
     "Predictions",
+    "count_pixels",
     "evaluate_maps",
     "evaluate_pixels",
     "likeliest_label",
+    "pixel_report",
     "predict_maps",
     "predict_on_all_ranks",
     "shared_classes",
+    "squeezed",
 ]
 
 SELECTIONS = ("fixed", "oracle_sum", "val_split")
@@ -42,8 +47,8 @@ SELECTIONS = ("fixed", "oracle_sum", "val_split")
 
 @dataclass
 class Predictions:
-    """What a model says of n photos: ids; maps float32 (n, h, w); scores float32 (n, C), logits of the data's classes,
-    or None; sizes (W, H) of the photos."""
+    """What a model says of n photos: ids; maps float32 or float64 (n, h, w); scores float32 (n, C), logits of the
+    data's classes, or None; sizes (W, H) of the photos."""
 
     ids: list[str]
     maps: np.ndarray
@@ -169,6 +174,7 @@ def evaluate_maps(
     threshold: float | None = None,
     fixed: Sequence[float] = (0.3, 0.4),
     iou_set: Sequence[float] = (0.5, 0.7, 0.9),
+    iou: str = "plus1",
 ) -> MapReport:
     """Boxes of maps, and how often they are right.
 
@@ -179,6 +185,8 @@ def evaluate_maps(
             as the published evaluators do: an upper bound. "fixed" and "val_split" take `threshold`, the latter
             saying that it was chosen on other photos.
         fixed: thresholds to report beside it.
+        iou_set: IoUs of the box accuracies.
+        iou: "plus1", as all reference evaluators, or "exact"; MaxBoxAcc keeps the former, which is part of it.
 
     Raises:
         DataError: photos are missing, twice, or without box.
@@ -199,19 +207,22 @@ def evaluate_maps(
         transform_boxes(photo.boxes, size, rules, data.single_precision and rules.name == "sat")
         for photo, size in zip(photos, predictions.sizes, strict=True)
     ]
-    iou, found = sweep_maps(predictions.maps, boxes, grid, rules)
+    reached, found = sweep_maps(predictions.maps, boxes, grid, rules)
+    if iou == "exact":
+        # one box a map, so that it is the same box
+        reached = np.stack([iou_exact(own[:, None], truth).max(1) for own, truth in zip(found, boxes, strict=True)])
     scores = [None] * len(photos) if predictions.scores is None else predictions.scores
     labels = np.array([likeliest_label(photo, own) for photo, own in zip(photos, scores, strict=True)])
     if threshold is None:
         right = np.zeros(len(labels), bool) if predictions.scores is None else predictions.scores.argmax(1) == labels
-        located = iou >= 0.5
+        located = reached >= 0.5
         threshold = float(grid[int((located.mean(0) + (located & right[:, None]).mean(0)).argmax())])
 
     def at(t: float) -> LocalizationAccuracy:
         k = int(np.searchsorted(grid, t))
-        accuracy = LocalizationAccuracy(rules)
+        accuracy = LocalizationAccuracy(rules, iou)
         for n, key in enumerate(predictions.ids):
-            accuracy.update(key, int(labels[n]), boxes[n], found[n, k], scores[n], ious=iou[n])
+            accuracy.update(key, int(labels[n]), boxes[n], found[n, k], scores[n], ious=reached[n])
         return accuracy
 
     accuracy = at(threshold)
@@ -221,7 +232,7 @@ def evaluate_maps(
         selection,
         accuracy.compute(iou_set),
         {float(t): at(t).compute(iou_set) for t in fixed},
-        {"threshold": grid, **{f"box_acc@{t:g}": 100 * (iou >= t).mean(0) for t in iou_set}},
+        {"threshold": grid, **{f"box_acc@{t:g}": 100 * (reached >= t).mean(0) for t in iou_set}},
         accuracy,
         _max_box_acc(predictions.maps, boxes) if rules.name == "wsoleval" else {},
     )
@@ -281,23 +292,34 @@ def evaluate_pixels(predictions: Predictions, data: LocalizationDataset, step: f
     Raises:
         DataError: photos are missing, twice, or without mask; a mask can't be read.
     """
-    total, foreground, background = PxAP(step), [], []
-    for photo, coarse in zip(_photos(predictions, data), predictions.maps, strict=True):
-        if not photo.masks:
-            raise DataError(f"photo {photo.id!r} has no annotated mask.")
-        scores = prepare_score_maps(torch.from_numpy(coarse)[None])[0].numpy()
-        ignore = None if photo.ignore is None else _read_mask(photo.ignore, len(scores))
-        one = PxAP(step)
-        one.update(scores, ground_truth_pixels([_read_mask(path, len(scores)) for path in photo.masks], ignore))
-        total.merge(one)
-        foreground.append(one.foreground)
-        background.append(one.background)
-    stacked = (np.stack(rows).astype(np.int32) for rows in (foreground, background))
-    return PixelReport(total.compute(), total.curves(), *stacked)
+    photos = _photos(predictions, data)
+    maps = (prepare_score_maps(torch.from_numpy(coarse)[None])[0].numpy() for coarse in predictions.maps)
+    return pixel_report([count_pixels(photo, scores, step) for photo, scores in zip(photos, maps, strict=True)])
 
 
-def _read_mask(path: Path, side: int) -> np.ndarray:
-    # the nearest pixel as OpenCV takes it, at or before the place
-    mask = np.asarray(open_image(path).convert("L"))
+def count_pixels(photo: LabelledPhoto, scores: np.ndarray, step: float = 0.001) -> PxAP:
+    """A photo's scores (S, S) in [0, 1] counted against its masks, all squeezed to S x S."""
+    if not photo.masks:
+        raise DataError(f"photo {photo.id!r} has no annotated mask.")
+
+    def read(path: Path) -> np.ndarray:
+        return squeezed(np.asarray(open_image(path).convert("L")), len(scores))
+
+    one = PxAP(step)
+    ignore = None if photo.ignore is None else read(photo.ignore)
+    one.update(scores, ground_truth_pixels([read(path) for path in photo.masks], ignore))
+    return one
+
+
+def pixel_report(counted: Sequence[PxAP]) -> PixelReport:
+    """The report over photos that `count_pixels` counted one by one."""
+    foreground, background = (np.stack([getattr(one, n) for one in counted]) for n in ("foreground", "background"))
+    total = copy(counted[0])
+    total.foreground, total.background = foreground.sum(0), background.sum(0)
+    return PixelReport(total.compute(), total.curves(), foreground.astype(np.int32), background.astype(np.int32))
+
+
+def squeezed(mask: np.ndarray, side: int) -> np.ndarray:
+    """A mask (H, W) at side x side: the nearest pixel as OpenCV takes it, at or before the place."""
     rows, columns = (np.arange(side) * n // side for n in mask.shape)
     return mask[rows[:, None], columns]
