@@ -54,6 +54,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--metadata", type=str, metavar="DIR", help="metadata folder of wsolevaluation (wsol)")
     parser.add_argument("--device", type=str, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="photos a pass")
+    parser.add_argument("--parquet", action=yes_no(), default=False, help="photos_*.parquet beside the CSV files")
     group = parser.add_argument_group("maps")
     group.add_argument(
         "--coarse",
@@ -149,6 +150,7 @@ def run(arguments: Namespace) -> int:
             iou_set=[number(t) for t in names(arguments.iou_set)],
             iou=arguments.iou,
             save_maps=arguments.save_maps,
+            parquet=arguments.parquet,
             batch_size=arguments.batch_size,
             ten_crop=arguments.data == "cub" if arguments.ten_crop is None else arguments.ten_crop,
             device=device,

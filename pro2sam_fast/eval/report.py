@@ -16,7 +16,7 @@ from .maps import MapReport, PixelReport
 from .masks import MaskReport
 from .protocols import protocol
 
-__all__ = ["error_table", "map_tables", "mask_table", "pixel_table", "plot_curves", "table", "write_curves"]
+__all__ = ["error_table", "map_tables", "markdown", "mask_table", "pixel_table", "plot_curves", "write_curves"]
 
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
@@ -27,7 +27,7 @@ def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in row) + " |" for row in lines
@@ -56,12 +56,12 @@ def map_tables(reports: Mapping[tuple[str, str], MapReport], iou: str) -> list[s
             f"\n## Maps alone, protocol `{rules}`\n\nView: {p.resize} cropped to {p.crop}; map: {p.map}; "
             f"box: {p.rule}; IoU counts widths as x1 - x0{' + 1' if iou == 'plus1' else ''}.\n"
         )
-        parts.append(table(["coarse", "threshold", "chosen", *columns], rows))
+        parts.append(markdown(["coarse", "threshold", "chosen", *columns], rows))
         if swept := [(name, sweep, r) for name, report in chosen.items() for sweep, r in report.sweeps.items()]:
             head = ["coarse", "metric", *(f"IoU {t}" for t in (30, 50, 70)), "mean"]
             parts.append("\nEach IoU at its own best of 1,000 thresholds; V2 takes every contour:\n")
             values = [[r.get(f"box_acc@{t:g}", "") for t in (0.3, 0.5, 0.7)] + [r["MaxBoxAcc"]] for _, _, r in swept]
-            parts.append(table(head, [[name, sweep, *v] for (name, sweep, _), v in zip(swept, values)]))
+            parts.append(markdown(head, [[name, sweep, *v] for (name, sweep, _), v in zip(swept, values)]))
     return parts
 
 
@@ -69,7 +69,7 @@ def pixel_table(reports: Mapping[str, PixelReport]) -> list[str]:
     if not reports:
         return []
     head = "\n## Maps against masks, protocol `wsoleval`\n\nPxAP at 224 x 224, the pixels of all photos pooled.\n"
-    return [head, table(["coarse", "PxAP"], [[name, report.pxap] for name, report in reports.items()])]
+    return [head, markdown(["coarse", "PxAP"], [[name, report.pxap] for name, report in reports.items()])]
 
 
 def mask_table(reports: Mapping[str, MaskReport]) -> list[str]:
@@ -78,7 +78,7 @@ def mask_table(reports: Mapping[str, MaskReport]) -> list[str]:
     columns = list(dict.fromkeys(c for report in reports.values() for c in _columns(report.metrics)))
     rows = [[n, *(r.metrics.get(c, "") for c in columns), r.sources.get("sam", 0)] for n, r in reports.items()]
     head = "\n## Maps matched with SAM's masks, protocol `mask`\n\nBox of the chosen mask in a 224 x 224 view.\n"
-    return [head, table(["coarse", *columns, "photos with a mask of SAM"], rows)]
+    return [head, markdown(["coarse", *columns, "photos with a mask of SAM"], rows)]
 
 
 def error_table(summary: Mapping[str, Any]) -> list[str]:
@@ -88,7 +88,7 @@ def error_table(summary: Mapping[str, Any]) -> list[str]:
         [entry["coarse"], entry["protocol"], *(entry["errors"][kind] for kind in ERROR_TYPES)]
         for entry in [*summary["maps"], *summary["masks"]]
     ]
-    return ["\n## Where it went wrong (percent of photos)\n", table(["coarse", "protocol", *ERROR_TYPES], rows)]
+    return ["\n## Where it went wrong (percent of photos)\n", markdown(["coarse", "protocol", *ERROR_TYPES], rows)]
 
 
 def plot_curves(reports: Mapping[tuple[str, str], MapReport], path: Path) -> bool:

@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..generator import MaskGenerator
 from ..io import write_atomic
 from ..pipelines.pro2sam import resolve_device
+from . import table
 from .coarse import coarse_model, model_facts
 from .contact_sheet import contact_sheet
 from .gallery_cache import GalleryCache
@@ -32,9 +33,8 @@ from .maps import (
 from .masks import MaskReport, evaluate_mask_pixels, evaluate_masks
 from .protocols import Protocol, protocol
 from .ranks import ranks
-from .report import error_table, map_tables, mask_table, pixel_table, plot_curves, table, write_curves
+from .report import error_table, map_tables, markdown, mask_table, pixel_table, plot_curves, write_curves
 from .stored import load_maps, save_maps
-from .table import write_records
 
 __all__ = ["Study"]
 
@@ -68,6 +68,7 @@ class Study:
         scores: class scores by photo id that replace the coarse models' own.
         iou_set, iou: see `evaluate_maps`.
         save_maps: keep the maps in ``maps``, to be read as "maps:" and that folder.
+        parquet: per-photo records as Parquet, too.
         batch_size, ten_crop, device: see `predict_maps`.
 
     Under torchrun every rank adds the same models and shares the photos; rank 0 writes.
@@ -87,6 +88,7 @@ class Study:
         iou_set: Sequence[float] = (0.5, 0.7, 0.9),
         iou: str = "plus1",
         save_maps: bool = False,
+        parquet: bool = False,
         batch_size: int = 32,
         ten_crop: bool = False,
         device: str = "auto",
@@ -105,7 +107,9 @@ class Study:
         if iou not in IOUS:
             raise ConfigError(f"iou must be one of {', '.join(IOUS)}, got {iou!r}")
         self.measure = {"iou_set": tuple(iou_set), "iou": iou}
-        self.save_maps = save_maps
+        self.save_maps, self.parquet = save_maps, parquet
+        if parquet:
+            table.parquet()
         self.batch_size, self.ten_crop, self.device = batch_size, ten_crop, resolve_device(device)
         self.maps: dict[tuple[str, str], MapReport] = {}
         self.pixels: dict[str, PixelReport] = {}
@@ -218,8 +222,7 @@ class Study:
         parts = [f"# Localization accuracy on {len(self.data)} photos\n", *self._other_classes()]
         for (name, rules), report in self.maps.items():
             stem = f"photos_{_slug(name)}_{rules}"
-            records = list(report.accuracy.records.values())
-            write_records(self.folder / f"{stem}.csv", records)
+            self._write_records(stem, report.accuracy)
             write_curves(self.folder / f"{stem}_curves.csv", report.curves)
             summary["maps"].append(
                 {
@@ -236,7 +239,7 @@ class Study:
             )
         for name, report in self.masks.items():
             stem = f"photos_{_slug(name)}_mask"
-            write_records(self.folder / f"{stem}.csv", list(report.accuracy.records.values()))
+            self._write_records(stem, report.accuracy)
             summary["masks"].append(
                 {
                     "coarse": name,
@@ -263,6 +266,12 @@ class Study:
         write_atomic(path, "\n".join(parts).encode())
         return path
 
+    def _write_records(self, stem: str, accuracy: LocalizationAccuracy) -> None:
+        records = list(accuracy.records.values())
+        table.write_records(self.folder / f"{stem}.csv", records)
+        if self.parquet:
+            table.write_parquet(self.folder / f"{stem}.parquet", records)
+
     def _other_classes(self) -> list[str]:
         if not (others := [f"`{name}`" for name, shared in self.classes.items() if not shared]):
             return []
@@ -282,7 +291,7 @@ class Study:
             for label in labels:
                 accuracy = box_accuracy(list(self.masks[label].accuracy.records.values()), ious)
                 rows.append([label, *(accuracy[f"box_acc@{t:g}"] for t in ious)])
-            parts += [f"\n## Ablation: {name}\n", table([name, *(f"IoU {100 * t:.0f}" for t in ious)], rows)]
+            parts += [f"\n## Ablation: {name}\n", markdown([name, *(f"IoU {100 * t:.0f}" for t in ious)], rows)]
         for ablation in (name for name in MODEL_ABLATIONS if name in self.ablations):
             columns, metrics = MODEL_ABLATIONS[ablation]
             rows = [
@@ -293,7 +302,7 @@ class Study:
             if rows:
                 head = ["coarse", "protocol", *columns, *metrics]
                 rows.sort(key=lambda row: (row[1], *row[2 : 2 + len(columns)]))
-                parts += [f"\n## Ablation: {ablation}\n", table(head, rows)]
+                parts += [f"\n## Ablation: {ablation}\n", markdown(head, rows)]
         return parts
 
     def _errors(self, accuracy: LocalizationAccuracy) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """From photos to a report: predictions, threshold selection, the table."""
 
+import sys
 from dataclasses import replace
 
 import cv2
@@ -18,7 +19,7 @@ from pro2sam_fast.eval.localization import LocalizationAccuracy
 from pro2sam_fast.eval.maps import evaluate_maps, evaluate_pixels, predict_maps, shared_classes
 from pro2sam_fast.eval.protocols import PROTOCOLS, prepare_score_maps, transform_boxes
 from pro2sam_fast.eval.pxap import PxAP, ground_truth_pixels
-from pro2sam_fast.eval.table import read_records, write_records
+from pro2sam_fast.eval.table import parquet, read_records, write_parquet, write_records
 
 
 def brightness(x):
@@ -181,3 +182,27 @@ def test_malformed_tables_name_the_line(data, tmp_path, old, new, message):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError, match=message):
         read_records(path)
+
+
+def test_parquet_holds_the_same(data, tmp_path):
+    pytest.importorskip("pyarrow", reason='needs pip install "pro2sam-fast[parquet]"')
+    records = list(evaluate_maps(predict_maps(brightness, data), data).accuracy.records.values())
+    records[0].class_boxes, records[1].top5, records[2].ious = {3: (1.0, 2.0, 3.0, 4.0)}, (), None
+    path = tmp_path / "photos.parquet"
+    write_parquet(path, records)
+    for one, other in zip(records, read_records(path), strict=True):
+        for name in ("id", "label", "top5", "box", "iou", "source", "class_boxes"):
+            assert getattr(one, name) == getattr(other, name)
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        assert (one.ious is None) == (other.ious is None)
+        assert one.ious is None or one.ious.tolist() == other.ious.tolist()
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="not a table of an evaluation"):
+        read_records(path)
+
+
+def test_parquet_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match=r"pip install \"pro2sam-fast\[parquet\]\""):
+        parquet()
