@@ -2,6 +2,7 @@
 
 import json
 import socket
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -128,7 +129,8 @@ def test_layouts_of_the_papers_tables(trained, photos, tmp_path):
 def test_an_evaluation_from_stored_maps(trained, photos, tmp_path):
     options = ["--data", str(photos), "--boxes", str(photos / "boxes.csv"), "--protocol", "sat,wsoleval"]
     measure = ["--iou-set", "0.3,0.55", "--iou", "exact"]
-    first = ["--save-maps", "--coarse", str(trained), "--output", str(tmp_path)]
+    table = ["--parquet"] if find_spec("pyarrow") else []
+    first = ["--save-maps", "--coarse", str(trained), "--output", str(tmp_path), *table]
     assert main(["evaluate", *options, *measure, *first]) == 0
     (folder,) = (tmp_path / "maps").iterdir()
     assert len(list(folder.rglob("view224/*/*.npy"))) == len(list(folder.rglob("view256/*/*.npy"))) == 6
@@ -139,6 +141,10 @@ def test_an_evaluation_from_stored_maps(trained, photos, tmp_path):
         assert one["metrics"] == other["metrics"] and one["sweeps"] == other["sweeps"]
         assert {"box_acc@0.3", "box_acc@0.55"} <= one["metrics"].keys() and "Top-1 Loc" in one["metrics"]
         records = read_records(tmp_path / one["records"])
+        if table:
+            assert [r.iou for r in read_records((tmp_path / one["records"]).with_suffix(".parquet"))] == [
+                r.iou for r in records
+            ]
         assert [r.iou for r in records] == [iou_exact(np.array(r.box), r.boxes).max() for r in records]
     assert "IoU counts widths as x1 - x0." in (tmp_path / "report.md").read_text()
     # without the extension, as wsolevaluation's README has it; with another precision and shape
