@@ -33,10 +33,28 @@ def train(photos, run, ema=0.9, **options):
     return train_gtformer(model(), ImageFolder(photos), run, config(ema=ema, **options))
 
 
-def rank_main(rank, folder, photos):
-    """One of two ranks; they start with different weights, and the first one's count."""
+def hungry(net, limit, backward=False):
+    """Memory runs out with more photos than the limit."""
+    seen = []
+
+    def check(count):
+        if count > limit:
+            raise torch.OutOfMemoryError("out of memory")
+
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])) if backward else check(len(inputs[0])))
+    if backward:
+        net.head.weight.register_hook(lambda _: check(seen[-1]))
+    return net
+
+
+def rank_main(rank, folder, photos, fails=None):
+    """One of two ranks; they start with different weights, and the first one's count. Memory may run out on the
+    second."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    options = config(epochs=1, batch_size=4, area_sync=True)
-    train_gtformer(model(seed=rank, drop_path=0.0), ImageFolder(photos), folder / "ranks", options)
+    options = config(epochs=1, batch_size=4, area_sync=True, auto_batch=fails is not None)
+    net = model(seed=rank, drop_path=0.0)
+    if fails is not None and rank == 1:
+        hungry(net, 1, backward=fails == "backward")
+    train_gtformer(net, ImageFolder(photos), folder / "ranks", options)
     torch.distributed.destroy_process_group()

@@ -28,6 +28,7 @@ __all__ = [
     "max_pixels",
     "names",
     "number_or",
+    "place_data",
 ]
 
 _SHOWN_SKIPS = 10
@@ -150,6 +151,17 @@ def devices(arguments: Namespace) -> list[str]:
 
 def names(text: str) -> list[str]:
     return [name for name in text.replace(" ", "").split(",") if name]
+
+
+def place_data(arguments: Namespace) -> None:
+    """``--data FOLDER`` without ``--root`` is that folder, of the kind that its layout shows."""
+    if arguments.root is not None:
+        return
+    if not os.path.isdir(arguments.data):
+        raise ConfigError("--root DIR is missing, the folder of the data set")
+    from ..data.localization import kind_of
+
+    arguments.root, arguments.data = arguments.data, kind_of(arguments.data)
 
 
 def number_or(text: str, word: str, option: str) -> int | str:

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import ConfigError
 from .parser import OK, Parser, number, tell, whole, yes_no
-from .runs import names
+from .runs import names, place_data
 
 __all__ = ["HELP", "parser", "run"]
 
@@ -22,6 +22,11 @@ losses on maps, whose class maps `evaluate --coarse cam:RUN` takes. RUN gets arg
 last.safetensors and, with photos to choose by, best.safetensors. The same command continues an interrupted run. The
 result is for `pro2sam-fast localize photos --coarse RUN`. Under torchrun all GPUs share every batch.
 
+Data are CUB-200-2011 (cub), ImageNet (ilsvrc), metadata of wsolevaluation (wsol), a folder for each class (folder), or
+photos in one folder that begin with their WordNet id, n01440764_tench.JPEG (flat): with one photo of each class that is
+the one-image-per-class setting. In VOC and COCO (voc, coco) the classes of a photo share its label. `pro2sam-fast
+evaluate` takes RUN and any photos with boxes; where their classes are others, it measures localization alone.
+
 lite trains the bundled pair: SAM-lite from photos with masks, GTFormer-lite from labels. DATA holds coco200, bsds500,
 cub10, caltech101_24, imagenet1k_one_per_class and foreground, as the model card (pro2sam_fast/weights/README.md) says.
 RUN/lite.safetensors is the result. Hours on a CPU. Needs: pip install "pro2sam-fast[train]"
@@ -30,6 +35,7 @@ examples:
   pro2sam-fast train gtformer --data folder --root photos --arch lite --run runs/mine
   pro2sam-fast train gtformer --data cub --root CUB_200_2011 --pretrained --amp --run runs/cub
   torchrun --nproc-per-node 4 --no-python pro2sam-fast train gtformer --data ilsvrc --root imagenet --run runs/in
+  pro2sam-fast train gtformer --data imagenet1k_one_per_class --arch lite --run runs/one
   pro2sam-fast train lite --data data --run runs/lite
 """
 
@@ -42,16 +48,23 @@ def parser() -> ArgumentParser:
         usage="pro2sam-fast train {gtformer,sat,cam,lite} --data NAME --run DIR [options]",
     )
     parser.add_argument("what", choices=[*_TRAINED, "lite"], metavar="WHAT", help="gtformer, sat, cam or lite")
-    parser.add_argument("--data", type=str, metavar="NAME", help="cub, ilsvrc, wsol or folder; for lite a folder")
+    parser.add_argument(
+        "--data",
+        type=str,
+        metavar="NAME",
+        help="cub, ilsvrc, wsol, folder, flat, voc, coco, or the data set's folder; for lite a folder",
+    )
     parser.add_argument("--run", type=str, metavar="DIR", help="folder for logs, checkpoints and the result")
     group = parser.add_argument_group("data of gtformer, sat and cam")
-    group.add_argument("--root", type=str, metavar="DIR", help="folder of the data set")
+    group.add_argument("--root", type=str, metavar="DIR", help="folder of the data set, if --data names its kind")
+    group.add_argument("--boxes", type=str, metavar="FILE", help="COCO's annotations, if not in its layout")
     group.add_argument("--metadata", type=str, metavar="DIR", help="training metadata folder (wsol)")
     group.add_argument("--images-per-class", type=whole, metavar="K", help="few-shot: so many photos of each class")
     group.add_argument(
         "--val-root", type=str, metavar="DIR", help="photos with boxes to choose the best epoch by (folder)"
     )
     group.add_argument("--val-boxes", type=str, metavar="PATH", help="their boxes: CSV, COCO file or XML folder")
+    group.add_argument("--val-list", type=str, metavar="FILE", help="their labels: val_list.txt or devkit's (ilsvrc)")
     group.add_argument("--val-metadata", type=str, metavar="DIR", help="their metadata folder (wsol)")
     group.add_argument(
         "--oracle", action=yes_no(), default=False, help="choose on the test split, as the published code does"
@@ -64,6 +77,7 @@ def parser() -> ArgumentParser:
     group.add_argument("--preset", type=str, metavar="NAME", help="default, official or paper")
     group.add_argument("--query-tokens", type=whole, metavar="G", help="4; 1 or 16 to compare (gtformer)")
     group.add_argument("--drop-path", type=number, metavar="P", help="0.1")
+    group.add_argument("--gate", choices=["sigmoid_mean", "none"], help="none: maps without global-token attention")
     group = parser.add_argument_group("training of gtformer, sat and cam")
     for name, kind, text in (
         ("epochs", whole, "30 for CUB, 5 for ILSVRC"),
@@ -72,6 +86,9 @@ def parser() -> ArgumentParser:
         ("lr", number, "learning rate: 1e-4 for CUB, 1.5e-5 for ILSVRC"),
         ("weight-decay", number, "0.05"),
         ("area-target", number, "share of the photo that objects fill: 0.25 for CUB, 0.35 else"),
+        ("lambda1", number, "weight of the losses on the mean map: 1 (gtformer, sat)"),
+        ("lambda2", number, "weight of those on the tokens' maps, of the area loss in scheme mean_map_only: 0.5"),
+        ("loss-scheme", str, "official, mean_map_only (preset paper) or sat"),
         ("ema", number, "decay of averaged weights"),
         ("seed", whole, "6"),
         ("workers", whole, "processes that read photos"),
@@ -132,15 +149,16 @@ def _run_gtformer(arguments: Namespace) -> int:
     from ..train.gtformer import TrainConfig, train_gtformer
     from ..train.losses import AREA_TARGETS, LOSS_PRESETS
 
-    if arguments.root is None:
-        raise ConfigError("--root DIR is missing, the folder of the data set")
-    options = {"images_per_class": arguments.images_per_class}
-    data = open_dataset(arguments.data, arguments.root, True, metadata=arguments.metadata, **options)
+    place_data(arguments)
+    files = {"metadata": arguments.metadata, "boxes": arguments.boxes}
+    data = open_dataset(
+        arguments.data, arguments.root, True, **files, images_per_class=arguments.images_per_class
+    )
     cam = arguments.what == "cam"
     preset = arguments.preset or ("default" if arguments.what == "gtformer" else arguments.what)
     if arguments.preset is not None and arguments.what != "gtformer":
         raise ConfigError(f"{arguments.what} has no presets; leave --preset out")
-    shape = {"num_query_tokens": arguments.query_tokens, "drop_path": arguments.drop_path}
+    shape = {"num_query_tokens": arguments.query_tokens, "drop_path": arguments.drop_path, "gate": arguments.gate}
     shape = {name: value for name, value in shape.items() if value is not None}
     spec = ModelSpec(arguments.arch, tuple(data.class_names), preset, shape)
     torch.manual_seed(6 if arguments.seed is None else arguments.seed)
@@ -152,8 +170,10 @@ def _run_gtformer(arguments: Namespace) -> int:
     area = arguments.area_target
     if area is None:
         area = AREA_TARGETS["cub" if arguments.data == "cub" else "ilsvrc"]
+    losses = {"lambda1": arguments.lambda1, "lambda2": arguments.lambda2, "scheme": arguments.loss_scheme}
+    losses = {name: value for name, value in losses.items() if value is not None}
     config = TrainConfig(
-        losses=replace(LOSS_PRESETS[preset], area_target=area),
+        losses=replace(LOSS_PRESETS[preset], area_target=area, **losses),
         amp="bfloat16" if arguments.amp else None,
         auto_batch=arguments.auto_batch,
         **recipe,
@@ -195,11 +215,11 @@ def _evaluation(arguments: Namespace, class_names: list[str], device, wrapper):
     from ..data.localization import open_dataset
     from ..eval.maps import evaluate_maps, predict_on_all_ranks
 
-    val = {"metadata": arguments.val_metadata, "boxes": arguments.val_boxes}
-    if arguments.data in ("cub", "ilsvrc"):
+    val = {"metadata": arguments.val_metadata, "boxes": arguments.val_boxes, "val_list": arguments.val_list}
+    if arguments.data in ("cub", "ilsvrc", "voc", "coco"):
         if not arguments.oracle:
             return None
-        held_out = open_dataset(arguments.data, arguments.root, False, **val)
+        held_out = open_dataset(arguments.data, arguments.root, False, **val, class_names=class_names)
     elif arguments.val_root is None and arguments.val_metadata is None:
         return None
     else:

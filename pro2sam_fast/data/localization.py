@@ -4,299 +4,53 @@
     ILSVRC          ImageNet-1k: train folders; val photos with a list of labels and boxes as XML files or one CSV
     WSOLMetadata    photos by the metadata folders of wsolevaluation (Choe et al. 2020): CUB, ILSVRC, OpenImages
     ImageFolder     your own photos, a folder for each class; boxes from a CSV, COCO or VOC annotation, or none
-    voc_labels, coco_labels    the image-level labels of detection data sets
+    FlatFolder      ImageNet photos in one folder, n01440764_tench.JPEG: one image per class
+    VOC, COCO       the image-level labels of detection data sets
 
 All hold a list of `LabelledPhoto` and raise DataError with file and line for what is malformed or missing.
 """
 
 from __future__ import annotations
 
-import csv
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from ..errors import ConfigError, DataError
-from ..io import IMAGE_EXTENSIONS
-from .cub import load_cub
-from .tables import convert, lines, load_json, open_image, require_files, rows
+from .annotations import with_boxes
+from .cub import CUB200
+from .detection import COCO, VOC, coco_files, coco_labels, voc_labels, voc_splits
+from .imagenet import ILSVRC, FlatFolder
+from .labelled import (
+    WNID,
+    LabelledPhoto,
+    LocalizationDataset,
+    class_folders,
+    class_key,
+    few_shot,
+    folders,
+    photos_in,
+)
+from .tables import class_index, convert, lines, require_files, rows
 
 __all__ = [
+    "COCO",
     "CUB200",
     "ILSVRC",
+    "VOC",
+    "FlatFolder",
     "ImageFolder",
     "LabelledPhoto",
     "LocalizationDataset",
     "WSOLMetadata",
+    "class_key",
     "coco_labels",
     "few_shot",
+    "kind_of",
     "open_dataset",
     "voc_labels",
 ]
-
-
-@dataclass(frozen=True)
-class LabelledPhoto:
-    """A photo and what is known of it.
-
-    id: unique in the data set. label: class index. boxes: (x0, y0, x1, y1) in the photo's pixels as the data set's
-    files have them, not clipped; empty if unknown. masks: files of instance masks. ignore: file of the region that
-    counts for nothing, or None. labels: all classes of the photo where it can have several.
-    """
-
-    id: str
-    path: Path
-    label: int
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
-    masks: tuple[Path, ...] = ()
-    ignore: Path | None = None
-    labels: tuple[int, ...] = ()
-
-
-class LocalizationDataset:
-    """Photos with labels, a map-style data set for `torch.utils.data.DataLoader`.
-
-    Items are (transform(photo), label, index); ``photos[index]`` has the rest.
-
-    Args:
-        photos, class_names: what there is.
-        transform: function of the RGB photo as a Pillow image, EXIF orientation ignored; None leaves it.
-        images_per_class: keep so many random photos of each class (the few-shot setting), None for all.
-        seed: of that choice.
-
-    Attributes:
-        single_precision: the published evaluators hold its boxes and sizes in float32.
-    """
-
-    single_precision = False
-
-    def __init__(
-        self,
-        photos: Sequence[LabelledPhoto],
-        class_names: Sequence[str],
-        transform: Callable[[Image.Image], Any] | None = None,
-        images_per_class: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        if not photos:
-            raise DataError(f"{type(self).__name__} has no photo.")
-        for photo in photos:
-            if not 0 <= photo.label < len(class_names):
-                raise DataError(f"{photo.path}: label {photo.label} isn't one of {len(class_names)} classes.")
-        if len({photo.id for photo in photos}) != len(photos):
-            seen: set[str] = set()
-            twice = next(p.id for p in photos if p.id in seen or seen.add(p.id))
-            raise DataError(f"photo {twice!r} is listed twice.")
-        self.photos = list(photos) if images_per_class is None else few_shot(photos, images_per_class, seed)
-        self.class_names = list(class_names)
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        photo = self.photos[index]
-        image = open_image(photo.path).convert("RGB")
-        return image if self.transform is None else self.transform(image), photo.label, index
-
-    @property
-    def has_boxes(self) -> bool:
-        """Whether every photo has an annotated box."""
-        return all(photo.boxes for photo in self.photos)
-
-
-def few_shot(photos: Sequence[LabelledPhoto], images_per_class: int, seed: int = 0) -> list[LabelledPhoto]:
-    """So many random photos of each class, in their old order; a class with fewer is an error."""
-    if images_per_class < 1:
-        raise ConfigError(f"images_per_class must be at least 1, got {images_per_class}")
-    by_class = defaultdict(list)
-    for i, photo in enumerate(photos):
-        by_class[photo.label].append(i)
-    kept: list[int] = []
-    for label, indices in sorted(by_class.items()):
-        if len(indices) < images_per_class:
-            raise DataError(f"class {label} has {len(indices)} photos, images_per_class wants {images_per_class}.")
-        rng = np.random.default_rng((seed, label))
-        kept += rng.permutation(indices)[:images_per_class].tolist()
-    return [photos[i] for i in sorted(kept)]
-
-
-def _split(name: str, choices: Sequence[str]) -> str:
-    if name not in choices:
-        raise ConfigError(f"split must be one of {', '.join(choices)}, got {name!r}")
-    return name
-
-
-class CUB200(LocalizationDataset):
-    """CUB-200-2011. ``root`` holds images.txt, image_class_labels.txt, train_test_split.txt, bounding_boxes.txt,
-    classes.txt and images/; ``split`` is train or test. Boxes have x1 = x + w, as every evaluator takes them.
-
-    The layout of SAT's and Pro2SAM's code will do, too: class folders in train/ and test/, lines ``<path>;<label>`` in
-    test_list.txt, and ``<x0> <y0> <x1> <y1> <H> <W>`` for each of them in test_gt.txt.
-    """
-
-    def __init__(self, root: str | Path, split: str = "train", **options: Any) -> None:
-        wanted = _split(split, ("train", "test")) == "train"
-        if (Path(root) / "test_list.txt").exists() and not (Path(root) / "images.txt").exists():
-            super().__init__(*_listed_cub(Path(root), wanted), **options)
-            return
-        photos, names = load_cub(root)
-        chosen = [LabelledPhoto(p.id, p.path, p.label, (p.box,)) for p in photos if p.train == wanted]
-        super().__init__(chosen, names, **options)
-
-
-def _listed_cub(root: Path, train: bool) -> tuple[list[LabelledPhoto], list[str]]:
-    names = [p.name for p in _folders(root / "train")]
-    if train:
-        return _class_folders(root / "train", names), names
-    listed, boxes = root / "test_list.txt", root / "test_gt.txt"
-    paths = [(path, convert(listed, n, [label], int)[0]) for n, (path, label) in rows(listed, 2, ";")]
-    corners = [tuple(convert(boxes, n, fields[:4], float)) for n, fields in rows(boxes, 6)]
-    if len(paths) != len(corners):
-        raise DataError(f"{boxes}: holds {len(corners)} boxes, {listed.name} {len(paths)} photos.")
-    photos = [LabelledPhoto(p, root / "test" / p, label, (box,)) for (p, label), box in zip(paths, corners)]
-    require_files(root / "test", [photo.path for photo in photos])
-    return photos, names
-
-
-class ILSVRC(LocalizationDataset):
-    """ImageNet-1k for localization; classes are WordNet ids in ascending order: the folders of ``root/train``, or those
-    that ``boxes`` names where there is no such folder.
-
-    train: ``root/train/<wnid>/*``. val: ``root/val`` holds the photos, in one folder or by class.
-
-    Args:
-        root: see above; the folder may cover fewer classes.
-        split: "train" or "val".
-        boxes: annotations of val: a folder with one XML a photo; a CSV with the header ImageId,PredictionString and
-            groups of ``wnid xmin ymin xmax ymax``; or a ``.txt`` whose lines are those of SAT's val_gt.txt,
-            ``<wnid>\\\\<file> <W> <H> ; x0 y0 x1 y1 ...``, or TS-CAM's, ``<wnid>/<file> <label> x0 y0 x1 y1 ...``. They
-            also give the labels of val photos.
-        val_list: lines ``<wnid>/<file>;<label>``, instead of the labels from ``boxes``.
-    """
-
-    single_precision = True
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str = "train",
-        boxes: str | Path | None = None,
-        val_list: str | Path | None = None,
-        **options: Any,
-    ) -> None:
-        root = Path(root)
-        train = _split(split, ("train", "val")) == "train"
-        if not train and boxes is None and val_list is None:
-            raise ConfigError("the val split of ILSVRC needs boxes (XML folder or CSV) or val_list for its labels")
-        known = _ilsvrc_boxes(Path(boxes)) if boxes is not None else {}
-        if train or not known or (root / "train").is_dir():
-            wnids = [p.name for p in _folders(root / "train")]
-        else:
-            wnids = sorted({wnid for wnid, _ in known.values()})
-        if train:
-            super().__init__(_class_folders(root / "train", wnids), wnids, **options)
-            return
-        files = {p.stem: p for p in sorted((root / "val").rglob("*")) if p.suffix.lower() in IMAGE_EXTENSIONS}
-        index = {name: i for i, name in enumerate(wnids)}
-        listed = _val_list(Path(val_list)) if val_list is not None else [(k, None) for k in sorted(known)]
-        require_files(root / "val", [files.get(stem, root / "val" / f"{stem}.JPEG") for stem, _ in listed])
-        photos = []
-        for stem, label in listed:
-            wnid, found = known.get(stem, (None, ()))
-            if label is None:
-                if wnid not in index:
-                    raise DataError(
-                        f"{boxes}: photo {stem} has the class {wnid}, which is no folder of {root / 'train'}."
-                    )
-                label = index[wnid]
-            photos.append(LabelledPhoto(stem, files[stem], label, found))
-        super().__init__(photos, wnids, **options)
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{root}: can't be listed ({error.strerror}).") from error
-
-
-def _class_folders(root: Path, names: Sequence[str]) -> list[LabelledPhoto]:
-    photos = []
-    for label, name in enumerate(names):
-        for path in sorted((root / name).rglob("*")):
-            if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file():
-                photos.append(LabelledPhoto(path.relative_to(root).as_posix(), path, label))
-    if not photos:
-        raise DataError(f"{root}: no photo in the class folders {', '.join(list(names)[:3])}, ...")
-    return photos
-
-
-def _val_list(path: Path) -> list[tuple[str, int]]:
-    listed = []
-    for number, (name, label) in rows(path, 2, ";"):
-        listed.append((Path(name).stem, convert(path, number, [label], int)[0]))
-    return listed
-
-
-def _ilsvrc_boxes(path: Path) -> dict[str, tuple[str, tuple]]:
-    # photo -> its class and boxes; in ILSVRC all boxes of a photo share the class
-    if path.is_dir():
-        return {p.stem: _voc_xml(p) for p in sorted(path.rglob("*.xml"))}
-    if path.suffix.lower() == ".txt":
-        return {stem: (wnid, boxes) for stem, wnid, boxes in _text_boxes(path)}
-    found = {}
-    for number, row in enumerate(csv.reader(lines(path)), 1):
-        if number == 1 and row[:1] == ["ImageId"]:
-            continue
-        fields = row[1].split() if len(row) == 2 else []
-        if not fields or len(fields) % 5:
-            raise DataError(f"{path}, line {number}: expected ImageId,(wnid xmin ymin xmax ymax)+, found {row!r}.")
-        boxes = tuple(tuple(convert(path, number, fields[i + 1 : i + 5], float)) for i in range(0, len(fields), 5))
-        found[row[0]] = (fields[0], boxes)
-    return found
-
-
-def _text_boxes(path: Path) -> Iterator[tuple[str, str, tuple]]:
-    for number, fields in rows(path, range(6, 10_000)):
-        *_, wnid, name = ["", *Path(fields[0].replace("\\", "/")).parts]
-        corners = fields[4:] if fields[3] == ";" else fields[2:]
-        if not corners or len(corners) % 4:
-            raise DataError(f"{path}, line {number}: expected four numbers a box, found {len(corners)}.")
-        values = convert(path, number, corners, float)
-        yield Path(name).stem, wnid, tuple(tuple(values[i : i + 4]) for i in range(0, len(values), 4))
-
-
-def _voc_xml(path: Path) -> tuple[str, tuple]:
-    """Class name of the first object, and the boxes of all."""
-    objects = _voc_objects(path)
-    if not objects:
-        raise DataError(f"{path}: no object is annotated.")
-    return objects[0][0], tuple(box for _, box in objects)
-
-
-def _voc_objects(path: Path) -> list[tuple[str, tuple]]:
-    try:
-        tree = ElementTree.parse(path)
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"{path}: not a readable annotation ({error}).") from error
-    objects = []
-    for thing in tree.iter("object"):
-        name, box = thing.findtext("name"), thing.find("bndbox")
-        try:
-            corners = tuple(float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: object {name!r} has no complete bndbox.") from error
-        if name is None:
-            raise DataError(f"{path}: an object has no name.")
-        objects.append((name, corners))
-    return objects
 
 
 class WSOLMetadata(LocalizationDataset):
@@ -319,9 +73,10 @@ class WSOLMetadata(LocalizationDataset):
         **options: Any,
     ) -> None:
         root, folder = Path(root), Path(metadata)
-        labels = {}
-        for number, (name, label) in rows(folder / "class_labels.txt", 2, ","):
-            labels[name] = convert(folder / "class_labels.txt", number, [label], int)[0]
+        path, labels = folder / "class_labels.txt", {}
+        limit = 1 << 31 if class_names is None else len(class_names)
+        for number, (name, label) in rows(path, 2, ","):
+            labels[name] = class_index(path, number, label, limit)
         boxes, files, ignores = defaultdict(list), defaultdict(list), {}
         path = folder / "localization.txt"
         for number, fields in rows(path, range(2, 6), ",") if path.exists() else ():
@@ -368,95 +123,37 @@ class ImageFolder(LocalizationDataset):
         **options: Any,
     ) -> None:
         root = Path(root)
-        folders = [p.name for p in _folders(root)]
-        names = list(class_names) if class_names is not None else folders
-        if strangers := sorted(set(folders) - set(names)):
+        found = [p.name for p in folders(root)]
+        names = list(class_names) if class_names is not None else found
+        if strangers := sorted(set(found) - set(names)):
             raise DataError(f"{root}: the folder {strangers[0]!r} is none of the {len(names)} classes.")
-        photos = _class_folders(root, names)
-        if boxes is not None:
-            found = _folder_boxes(Path(boxes), {p.id: p for p in photos})
-            photos = [LabelledPhoto(p.id, p.path, p.label, tuple(found.get(p.id, ()))) for p in photos]
-        super().__init__(photos, names, **options)
+        photos = class_folders(root, names)
+        super().__init__(photos if boxes is None else with_boxes(photos, Path(boxes)), names, **options)
 
 
-def _folder_boxes(path: Path, photos: dict[str, LabelledPhoto]) -> dict[str, list]:
-    found = defaultdict(list)
-    if path.is_dir():
-        by_stem = {Path(name).stem: name for name in photos}
-        for xml in sorted(path.rglob("*.xml")):
-            if xml.stem not in by_stem:
-                raise DataError(f"{xml}: no photo has this name.")
-            found[by_stem[xml.stem]] = [box for _, box in _voc_objects(xml)]
-        return found
-    if path.suffix.lower() == ".json":
-        for name, boxes in _coco_boxes(path).items():
-            if name not in photos:
-                raise DataError(f"{path}: {name!r} is no photo of the folder.")
-            found[name] = boxes
-        return found
-    for number, row in enumerate(csv.reader(lines(path)), 1):
-        if len(row) != 5:
-            raise DataError(f"{path}, line {number}: expected path,x0,y0,x1,y1, found {row!r}.")
-        if number == 1 and row[1].strip().lower() in ("x0", "xmin", "x1", "x"):
-            continue
-        if row[0] not in photos:
-            raise DataError(f"{path}, line {number}: {row[0]!r} is no photo of the folder.")
-        found[row[0]].append(tuple(convert(path, number, row[1:], float)))
-    return found
+_ARGUMENTS = {
+    "cub": (),
+    "ilsvrc": ("boxes", "val_list"),
+    "wsol": ("metadata", "boxes", "class_names"),
+    "folder": ("boxes", "class_names"),
+    "flat": ("boxes", "class_names"),
+    "voc": ("class_names",),
+    "coco": ("boxes", "class_names"),
+}
 
 
-def _coco_boxes(path: Path) -> dict[str, list]:
-    data = load_json(path, "COCO annotation file")
-    try:
-        names = {image["id"]: image["file_name"] for image in data["images"]}
-        boxes = defaultdict(list)
-        for annotation in data["annotations"]:
-            x, y, w, h = annotation["bbox"]
-            boxes[names[annotation["image_id"]]].append((x, y, x + w, y + h))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a COCO annotation file ({error!r}).") from error
-    return boxes
-
-
-def voc_labels(root: str | Path, split: str = "trainval") -> tuple[list[LabelledPhoto], list[str]]:
-    """PASCAL VOC: photos of ``ImageSets/Main/<split>.txt`` with all their classes as ``labels`` (the first is
-    ``label``), boxes from the XML files, and the class names in alphabetical order."""
+def kind_of(root: str | Path) -> str:
+    """The kind of data that a folder holds, by its layout: "cub", "voc", "coco", "ilsvrc", "flat", else "folder"."""
     root = Path(root)
-    stems = [fields[0] for _, fields in rows(root / "ImageSets" / "Main" / f"{split}.txt", range(1, 3))]
-    objects = {stem: _voc_objects(root / "Annotations" / f"{stem}.xml") for stem in stems}
-    names = sorted({name for things in objects.values() for name, _ in things})
-    return _multi_label(root, [(s, root / "JPEGImages" / f"{s}.jpg", objects[s]) for s in stems], names), names
-
-
-def coco_labels(images: str | Path, annotations: str | Path) -> tuple[list[LabelledPhoto], list[str]]:
-    """COCO: the photos of an instances file with all their classes, boxes, and class names in the order of their ids.
-    Photos without annotation are left out."""
-    root, path = Path(images), Path(annotations)
-    data = load_json(path, "COCO annotation file")
-    try:
-        categories = {c["id"]: c["name"] for c in sorted(data["categories"], key=lambda c: c["id"])}
-        things = defaultdict(list)
-        for a in data["annotations"]:
-            x, y, w, h = a["bbox"]
-            things[a["image_id"]].append((categories[a["category_id"]], (x, y, x + w, y + h)))
-        listed = [(str(i["id"]), root / i["file_name"], things[i["id"]]) for i in data["images"] if i["id"] in things]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a COCO annotation file ({error!r}).") from error
-    return _multi_label(root, listed, list(categories.values())), list(categories.values())
-
-
-def _multi_label(root: Path, listed: Iterable[tuple], names: list[str]) -> list[LabelledPhoto]:
-    index = {name: i for i, name in enumerate(names)}
-    photos = []
-    for key, path, things in listed:
-        labels = tuple(dict.fromkeys(index[name] for name, _ in things))
-        if labels:
-            photos.append(LabelledPhoto(key, path, labels[0], tuple(box for _, box in things), labels=labels))
-    require_files(root, [p.path for p in photos])
-    return photos
-
-
-KINDS = ("cub", "ilsvrc", "wsol", "folder")
+    if any((root / name).exists() for name in ("images.txt", "test_list.txt")):
+        return "cub"
+    if (root / "ImageSets" / "Main").is_dir():
+        return "voc"
+    if any(path.name.startswith(("instances_", "panoptic_")) for path in (root / "annotations").glob("*.json")):
+        return "coco"
+    if (root / "train").is_dir() and any(WNID.fullmatch(p.name) for p in folders(root / "train")):
+        return "ilsvrc"
+    return "flat" if any(WNID.match(p.name) for p in photos_in(root)) else "folder"
 
 
 def open_dataset(
@@ -465,37 +162,43 @@ def open_dataset(
     train: bool,
     *,
     boxes: str | Path | None = None,
+    val_list: str | Path | None = None,
     metadata: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     **options: Any,
 ) -> LocalizationDataset:
-    """A data set by the name of its kind: "cub", "ilsvrc", "wsol" (with ``metadata``) or "folder".
+    """A data set by the name of its kind: "cub", "ilsvrc", "wsol" (with ``metadata``), "folder", "flat", "voc", "coco".
 
     Args:
-        train: the part with labels to learn from, or the one to evaluate on ("wsol" and "folder" have what ``root`` and
-            ``metadata`` name).
-        boxes: of "ilsvrc" and "folder"; of "wsol" the folder of the masks. class_names: of "wsol" and "folder".
+        train: the part with labels to learn from, or the one to evaluate on ("wsol", "folder" and "flat" have what
+            ``root`` and ``metadata`` name). Of "voc" trainval and test, or train and val where there is no test split.
+        boxes: of "ilsvrc", "folder" and "flat"; of "wsol" the folder of the masks; of "coco" the file of instances or
+            the panoptic one, and ``root`` then holds the photos.
+        val_list: of "ilsvrc".
+        class_names: of those that take them; the others have an order of their own.
         options: of `LocalizationDataset`.
 
     Raises:
         ConfigError: an unknown kind, or an argument that the kind doesn't have.
     """
-    given = {"boxes": boxes, "metadata": metadata, "class_names": class_names}
-    named = ("boxes", "class_names")
-    taken = {"cub": (), "ilsvrc": ("boxes",), "wsol": ("metadata", *named), "folder": named}
-    if kind not in taken:
-        raise ConfigError(f"the kind of data must be one of {', '.join(KINDS)}, got {kind!r}")
-    if surplus := [n for n, v in given.items() if v is not None and n not in taken[kind] and n != "class_names"]:
+    if kind not in _ARGUMENTS:
+        raise ConfigError(f"the kind of data must be one of {', '.join(_ARGUMENTS)}, got {kind!r}")
+    given = {"boxes": boxes, "val_list": val_list, "metadata": metadata, "class_names": class_names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if surplus := [name for name in given if name not in _ARGUMENTS[kind] and name != "class_names"]:
         raise ConfigError(f"data of kind {kind!r} takes no {surplus[0]}")
-    chosen = {name: given[name] for name in taken[kind]}
+    named = {"class_names": class_names}
     if kind == "cub":
         return CUB200(root, "train" if train else "test", **options)
     if kind == "ilsvrc":
-        if train:
-            return ILSVRC(root, "train", **options)
-        return ILSVRC(root, "val", **chosen, **options)
+        return ILSVRC(root, "train", **options) if train else ILSVRC(root, "val", boxes, val_list, **options)
     if kind == "wsol":
         if metadata is None:
             raise ConfigError("data of kind 'wsol' needs metadata, the folder with image_ids.txt")
-        return WSOLMetadata(root, metadata, boxes, class_names, **options)
-    return ImageFolder(root, **chosen, **options)
+        return WSOLMetadata(root, metadata, boxes, **named, **options)
+    if kind == "voc":
+        return VOC(root, voc_splits(Path(root))[0 if train else 1], **named, **options)
+    if kind == "coco":
+        images, annotations = (root, boxes) if boxes is not None else coco_files(Path(root), train)
+        return COCO(images, annotations, **named, **options)
+    return (FlatFolder if kind == "flat" else ImageFolder)(root, boxes, **named, **options)

@@ -51,6 +51,14 @@ def convert(path: Path, line: int, values: list[str], kind: Callable[[str], T]) 
         raise DataError(f"{path}, line {line}: {error}.") from error
 
 
+def class_index(path: Path, line: int, value: str, classes: int, first: int = 0) -> int:
+    """A class's number as index 0 ... classes - 1; DataError if it isn't one of ``classes``, counted from ``first``."""
+    (label,) = convert(path, line, [value], int)
+    if not first <= label < first + classes:
+        raise DataError(f"{path}, line {line}: class {label} isn't one of {first} to {first + classes - 1}.")
+    return label - first
+
+
 def load_json(path: Path, what: str) -> dict:
     """A JSON object; DataError if the file isn't one."""
     try:

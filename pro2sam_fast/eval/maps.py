@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.localization import LabelledPhoto, LocalizationDataset
+from ..boxes import iou_exact
+from ..data.localization import LabelledPhoto, LocalizationDataset, class_key
 from ..data.tables import open_image
 from ..data.views import TestView, ten_crops
 from ..errors import ConfigError, DataError
@@ -29,10 +31,15 @@ __all__ = [
     "MapReport",
     "PixelReport",
     "Predictions",
+    "count_pixels",
     "evaluate_maps",
     "evaluate_pixels",
+    "likeliest_label",
+    "pixel_report",
     "predict_maps",
     "predict_on_all_ranks",
+    "shared_classes",
+    "squeezed",
 ]
 
 SELECTIONS = ("fixed", "oracle_sum", "val_split")
@@ -40,13 +47,26 @@ SELECTIONS = ("fixed", "oracle_sum", "val_split")
 
 @dataclass
 class Predictions:
-    """What a model says of n photos: ids; maps float32 (n, h, w); scores float32 (n, C), logits, or None; sizes (W, H)
-    of the photos."""
+    """What a model says of n photos: ids; maps float32 or float64 (n, h, w); scores float32 (n, C), logits of the
+    data's classes, or None; sizes (W, H) of the photos."""
 
     ids: list[str]
     maps: np.ndarray
     scores: np.ndarray | None
     sizes: list[tuple[int, int]]
+
+
+def shared_classes(model: Sequence[str], data: Sequence[str]) -> list[int]:
+    """The model's class of each of the data's classes, by their names; empty if the model lacks one.
+
+    Names that begin with a WordNet id are compared by it. Where one side's names are but numbers, as for metadata of
+    wsolevaluation, as many classes are the same ones.
+    """
+    if any(list(names) == [str(i) for i in range(len(names))] for names in (model, data)):
+        return list(range(len(data))) if len(model) == len(data) else []
+    place = {class_key(name): i for i, name in enumerate(model)}
+    found = [place.get(class_key(name)) for name in data]
+    return [] if None in found else found
 
 
 @torch.inference_mode()
@@ -60,36 +80,43 @@ def predict_maps(
     ten_crop: bool = False,
     ten_crop_resize: int = 256,
     indices: Sequence[int] | None = None,
+    classes: Sequence[int] | None = None,
 ) -> Predictions:
     """Maps and class scores of the photos in the protocol's view.
 
     Args:
         model: (B, 3, S, S) -> {"map": (B, h, w), "logits": (B, C) or None}, in evaluation mode. A `Baseline` of the
             data's classes gives the map of the annotated class, as GT-known and Top-5 localisation want it; where
-            Top-1 is right, it is that of the predicted class.
+            Top-1 is right, it is that of the predicted class. One of other classes gives that of its predicted class.
         data: photos.
         rules: gives resize and crop.
         ten_crop: scores are the logarithm of the mean softmax over ten crops of the photo at ``ten_crop_resize``
             squared; maps always come from the central view.
         indices: of the photos, e.g. this rank's share; None for all.
+        classes: the model's class of each of the data's, see `shared_classes`; empty if they differ, and then there
+            are no scores. None: the same, if there are as many.
     """
     rules = protocol(rules) if isinstance(rules, str) else rules
     view = TestView(rules.resize, rules.crop)
     chosen = list(range(len(data)) if indices is None else indices)
-    of_label = isinstance(model, Baseline) and model.num_classes == len(data.class_names)
+    of_data = len(data.class_names)
+    if isinstance(model, Baseline) and classes is None and model.num_classes != of_data:
+        classes = ()
+    of_label = isinstance(model, Baseline) and (classes is None or len(classes) > 0)
+    columns = list(range(of_data) if classes is None else classes)
     maps, scores, sizes = [], [], []
     for start in range(0, len(chosen), batch_size):
         photos = [data.photos[i] for i in chosen[start : start + batch_size]]
         images = [open_image(photo.path).convert("RGB") for photo in photos]
         sizes += [image.size for image in images]
-        classes = (torch.tensor([photo.label for photo in photos], device=device),) if of_label else ()
-        out = model(torch.stack([view(image) for image in images]).to(device), *classes)
+        labels = (torch.tensor([columns[photo.label] for photo in photos], device=device),) if of_label else ()
+        out = model(torch.stack([view(image) for image in images]).to(device), *labels)
         maps.append(out["map"].float().cpu().numpy())
-        if out.get("logits") is not None:
-            logits = out["logits"].float()
-            if ten_crop and logits.shape[1] == len(data.class_names):
+        logits = out.get("logits")
+        if logits is not None and columns and (classes is not None or logits.shape[1] == of_data):
+            if ten_crop:
                 logits = torch.stack([_ten_crop_scores(model, image, ten_crop_resize, device) for image in images])
-            scores.append(logits.cpu().numpy())
+            scores.append(logits.float()[:, columns].cpu().numpy())
     return Predictions(
         [data.photos[i].id for i in chosen],
         np.concatenate(maps) if maps else np.zeros((0, 1, 1), np.float32),
@@ -147,6 +174,7 @@ def evaluate_maps(
     threshold: float | None = None,
     fixed: Sequence[float] = (0.3, 0.4),
     iou_set: Sequence[float] = (0.5, 0.7, 0.9),
+    iou: str = "plus1",
 ) -> MapReport:
     """Boxes of maps, and how often they are right.
 
@@ -157,6 +185,8 @@ def evaluate_maps(
             as the published evaluators do: an upper bound. "fixed" and "val_split" take `threshold`, the latter
             saying that it was chosen on other photos.
         fixed: thresholds to report beside it.
+        iou_set: IoUs of the box accuracies.
+        iou: "plus1", as all reference evaluators, or "exact"; MaxBoxAcc keeps the former, which is part of it.
 
     Raises:
         DataError: photos are missing, twice, or without box.
@@ -177,19 +207,22 @@ def evaluate_maps(
         transform_boxes(photo.boxes, size, rules, data.single_precision and rules.name == "sat")
         for photo, size in zip(photos, predictions.sizes, strict=True)
     ]
-    iou, found = sweep_maps(predictions.maps, boxes, grid, rules)
-    labels = np.array([photo.label for photo in photos])
+    reached, found = sweep_maps(predictions.maps, boxes, grid, rules)
+    if iou == "exact":
+        # one box a map, so that it is the same box
+        reached = np.stack([iou_exact(own[:, None], truth).max(1) for own, truth in zip(found, boxes, strict=True)])
+    scores = [None] * len(photos) if predictions.scores is None else predictions.scores
+    labels = np.array([likeliest_label(photo, own) for photo, own in zip(photos, scores, strict=True)])
     if threshold is None:
         right = np.zeros(len(labels), bool) if predictions.scores is None else predictions.scores.argmax(1) == labels
-        located = iou >= 0.5
+        located = reached >= 0.5
         threshold = float(grid[int((located.mean(0) + (located & right[:, None]).mean(0)).argmax())])
 
     def at(t: float) -> LocalizationAccuracy:
         k = int(np.searchsorted(grid, t))
-        accuracy = LocalizationAccuracy(rules)
+        accuracy = LocalizationAccuracy(rules, iou)
         for n, key in enumerate(predictions.ids):
-            scores = None if predictions.scores is None else predictions.scores[n]
-            accuracy.update(key, int(labels[n]), boxes[n], found[n, k], scores, ious=iou[n])
+            accuracy.update(key, int(labels[n]), boxes[n], found[n, k], scores[n], ious=reached[n])
         return accuracy
 
     accuracy = at(threshold)
@@ -199,10 +232,17 @@ def evaluate_maps(
         selection,
         accuracy.compute(iou_set),
         {float(t): at(t).compute(iou_set) for t in fixed},
-        {"threshold": grid, **{f"box_acc@{t:g}": 100 * (iou >= t).mean(0) for t in iou_set}},
+        {"threshold": grid, **{f"box_acc@{t:g}": 100 * (reached >= t).mean(0) for t in iou_set}},
         accuracy,
         _max_box_acc(predictions.maps, boxes) if rules.name == "wsoleval" else {},
     )
+
+
+def likeliest_label(photo: LabelledPhoto, scores: np.ndarray | None) -> int:
+    """The photo's class; of several, the one with the highest score, so that Top-k is right if any of them is found."""
+    if scores is None or not photo.labels:
+        return photo.label
+    return max(photo.labels, key=lambda label: scores[label])
 
 
 def _photos(predictions: Predictions, data: LocalizationDataset) -> list[LabelledPhoto]:
@@ -252,23 +292,34 @@ def evaluate_pixels(predictions: Predictions, data: LocalizationDataset, step: f
     Raises:
         DataError: photos are missing, twice, or without mask; a mask can't be read.
     """
-    total, foreground, background = PxAP(step), [], []
-    for photo, coarse in zip(_photos(predictions, data), predictions.maps, strict=True):
-        if not photo.masks:
-            raise DataError(f"photo {photo.id!r} has no annotated mask.")
-        scores = prepare_score_maps(torch.from_numpy(coarse)[None])[0].numpy()
-        ignore = None if photo.ignore is None else _read_mask(photo.ignore, len(scores))
-        one = PxAP(step)
-        one.update(scores, ground_truth_pixels([_read_mask(path, len(scores)) for path in photo.masks], ignore))
-        total.merge(one)
-        foreground.append(one.foreground)
-        background.append(one.background)
-    stacked = (np.stack(rows).astype(np.int32) for rows in (foreground, background))
-    return PixelReport(total.compute(), total.curves(), *stacked)
+    photos = _photos(predictions, data)
+    maps = (prepare_score_maps(torch.from_numpy(coarse)[None])[0].numpy() for coarse in predictions.maps)
+    return pixel_report([count_pixels(photo, scores, step) for photo, scores in zip(photos, maps, strict=True)])
 
 
-def _read_mask(path: Path, side: int) -> np.ndarray:
-    # the nearest pixel as OpenCV takes it, at or before the place
-    mask = np.asarray(open_image(path).convert("L"))
+def count_pixels(photo: LabelledPhoto, scores: np.ndarray, step: float = 0.001) -> PxAP:
+    """A photo's scores (S, S) in [0, 1] counted against its masks, all squeezed to S x S."""
+    if not photo.masks:
+        raise DataError(f"photo {photo.id!r} has no annotated mask.")
+
+    def read(path: Path) -> np.ndarray:
+        return squeezed(np.asarray(open_image(path).convert("L")), len(scores))
+
+    one = PxAP(step)
+    ignore = None if photo.ignore is None else read(photo.ignore)
+    one.update(scores, ground_truth_pixels([read(path) for path in photo.masks], ignore))
+    return one
+
+
+def pixel_report(counted: Sequence[PxAP]) -> PixelReport:
+    """The report over photos that `count_pixels` counted one by one."""
+    foreground, background = (np.stack([getattr(one, n) for one in counted]) for n in ("foreground", "background"))
+    total = copy(counted[0])
+    total.foreground, total.background = foreground.sum(0), background.sum(0)
+    return PixelReport(total.compute(), total.curves(), foreground.astype(np.int32), background.astype(np.int32))
+
+
+def squeezed(mask: np.ndarray, side: int) -> np.ndarray:
+    """A mask (H, W) at side x side: the nearest pixel as OpenCV takes it, at or before the place."""
     rows, columns = (np.arange(side) * n // side for n in mask.shape)
     return mask[rows[:, None], columns]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.localization import LocalizationDataset
+from ..data.localization import LabelledPhoto, LocalizationDataset
 from ..data.tables import open_image
-from ..pipelines.matching import match
+from ..pipelines.matching import MatchResult, match
 from .gallery_cache import GalleryCache
 from .localization import LocalizationAccuracy
-from .maps import Predictions
+from .maps import PixelReport, Predictions, count_pixels, likeliest_label, pixel_report, squeezed
 from .protocols import PROTOCOLS, transform_boxes
 from .ranks import gathered, ranks
 
-__all__ = ["MaskReport", "evaluate_masks"]
+__all__ = ["MaskReport", "evaluate_mask_pixels", "evaluate_masks"]
 
 _VIEW = 224
 
@@ -46,6 +46,7 @@ def evaluate_masks(
     box: str = "otsu_union",
     min_region_box: int = 100,
     iou_set: Sequence[float] = (0.5, 0.7, 0.9),
+    iou: str = "plus1",
 ) -> MaskReport:
     """Matches every map with its photo's gallery and scores the box of the chosen mask in a 224 x 224 view; under
     torchrun the ranks share the photos.
@@ -57,9 +58,50 @@ def evaluate_masks(
         sam_input: "native", or the side of the square to which photos are squeezed for SAM (224 in the published
             evaluation).
         box, min_region_box: as for `Localizer`.
+        iou_set, iou: as for `evaluate_maps`.
     """
     rules = PROTOCOLS["mask"]
-    own = LocalizationAccuracy(rules)
+    own = LocalizationAccuracy(rules, iou)
+    for n, photo, found in _matched(predictions, data, galleries, matching, sam_input):
+        height, width = found.mask.shape
+        scaled = np.asarray(found.box(box, min_region_box), dtype=np.float64) * _VIEW / np.array([width, height] * 2)
+        truth = transform_boxes(photo.boxes, predictions.sizes[n], rules)
+        scores = None if predictions.scores is None else predictions.scores[n]
+        own.update(photo.id, likeliest_label(photo, scores), truth, scaled, scores, source=found.source)
+    records = {record.id: record for part in gathered(list(own.records.values())) for record in part}
+    accuracy = LocalizationAccuracy(rules, iou)
+    accuracy.merge(records[key] for key in predictions.ids)
+    accuracy.require(photo.id for photo in data.photos)
+    return MaskReport(accuracy.compute(iou_set), dict(Counter(r.source for r in records.values())), accuracy)
+
+
+@torch.inference_mode()
+def evaluate_mask_pixels(
+    predictions: Predictions,
+    data: LocalizationDataset,
+    galleries: GalleryCache,
+    *,
+    matching: Mapping[str, Any] | None = None,
+    sam_input: int | str = 224,
+) -> PixelReport:
+    """PxAP of the chosen masks, whose pixels have the score 1 and all others 0, in 224 x 224 pixels; arguments as for
+    `evaluate_masks`, of photos with masks."""
+    own = {
+        photo.id: count_pixels(photo, squeezed(found.mask, _VIEW).astype(np.float64))
+        for _, photo, found in _matched(predictions, data, galleries, matching, sam_input)
+    }
+    counted = {key: one for part in gathered(own) for key, one in part.items()}
+    return pixel_report([counted[key] for key in predictions.ids])
+
+
+def _matched(
+    predictions: Predictions,
+    data: LocalizationDataset,
+    galleries: GalleryCache,
+    matching: Mapping[str, Any] | None,
+    sam_input: int | str,
+) -> Iterator[tuple[int, LabelledPhoto, MatchResult]]:
+    """This rank's photos, their place in the predictions, and the masks chosen for them."""
     by_id = {photo.id: photo for photo in data.photos}
     rank, world = ranks()
     for n in range(rank, len(predictions.ids), world):
@@ -68,14 +110,4 @@ def evaluate_masks(
         if sam_input != "native":
             image = image.resize((sam_input, sam_input), Image.Resampling.BILINEAR)
         gallery = galleries.generate([np.asarray(image)])[0]
-        found = match(gallery, torch.from_numpy(predictions.maps[n]), **(matching or {}))
-        height, width = found.mask.shape
-        scaled = np.asarray(found.box(box, min_region_box), dtype=np.float64) * _VIEW / np.array([width, height] * 2)
-        truth = transform_boxes(photo.boxes, predictions.sizes[n], rules)
-        scores = None if predictions.scores is None else predictions.scores[n]
-        own.update(photo.id, photo.label, truth, scaled, scores, source=found.source)
-    records = {record.id: record for part in gathered(list(own.records.values())) for record in part}
-    accuracy = LocalizationAccuracy(rules)
-    accuracy.merge(records[key] for key in predictions.ids)
-    accuracy.require(by_id)
-    return MaskReport(accuracy.compute(iou_set), dict(Counter(r.source for r in records.values())), accuracy)
+        yield n, photo, match(gallery, torch.from_numpy(predictions.maps[n]), **(matching or {}))

@@ -394,7 +394,8 @@ def build_gtformer(
     Args:
         arch: "deit_tiny", "deit_small" or "deit_base".
         num_classes: C.
-        preset: "default" (GTFormer), "official" (the released code's shared projection), "paper", "sat".
+        preset: "default" (GTFormer), "official" (the released code's shared projection), "paper", "sat",
+            "cam" (the same network without gate, for the baseline of that name).
         pretrained: True downloads the ImageNet-1k DeiT weights through timm; a path or a state dict gives a local DeiT
             checkpoint. The head, the query tokens and their positions keep their initialisation.
         patch_embed, overrides: see `GTFormer`; overrides win over arch and preset.

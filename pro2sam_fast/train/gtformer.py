@@ -24,14 +24,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.localization import LocalizationDataset
+from ..data.localization import LabelledPhoto, LocalizationDataset
 from ..data.tables import open_image
 from ..data.views import TrainView
 from ..errors import ConfigError, Pro2SamError
 from ..io import write_atomic
 from ..memory import is_out_of_memory
 from .checkpoint import load_latest, save_checkpoint
-from .losses import LossConfig, all_reduce_mean, localization_loss
+from .losses import LossConfig, localization_loss
 from .optimizer import decay_groups
 from .run_log import RunLog
 
@@ -60,7 +60,7 @@ class TrainConfig:
         resize, crop: of the training view. seed: of everything random. workers: processes that read photos.
         save_every: steps between checkpoints; an epoch's end always makes one. evaluate_every, evaluate_from: epochs.
         keep_epochs: the weights after every epoch stay, as ``epoch_<n>.safetensors``.
-        auto_batch: halve ``micro_batch`` where memory runs out, instead of stopping with the advice.
+        auto_batch: halve ``micro_batch``, on all ranks, where memory runs out, instead of stopping with the advice.
     """
 
     epochs: int = 30
@@ -104,6 +104,8 @@ class TrainConfig:
 class _Batches(torch.utils.data.Dataset):
     """Item ``step`` is this rank's share of that step's batch: images (b, 3, S, S), labels (b,), indices (b,).
 
+    Where photos can have several classes, labels are (b, C), a photo's classes sharing its 1.
+
     The photos of an epoch are a permutation by (seed, epoch); a photo's crop and flip come from (seed, epoch, photo).
     Ranks take every world-th photo of a batch, so that none is seen twice.
     """
@@ -111,6 +113,7 @@ class _Batches(torch.utils.data.Dataset):
     def __init__(self, data: LocalizationDataset, config: TrainConfig, rank: int, world: int) -> None:
         self.data, self.config, self.rank, self.world = data, config, rank, world
         self.view = TrainView(config.resize, config.crop)
+        self.several = any(photo.labels for photo in data.photos)
         full, rest = divmod(len(data), config.batch_size)
         self.steps_per_epoch = full if config.drop_last or rest == 0 else full + 1
         if self.steps_per_epoch == 0:
@@ -132,8 +135,16 @@ class _Batches(torch.utils.data.Dataset):
         epoch = step // self.steps_per_epoch
         mine = self.indices(step)[self.rank :: self.world]
         views = [self._view(int(i), epoch) for i in mine]
-        labels = torch.tensor([self.data.photos[i].label for i in mine], dtype=torch.int64)
-        return torch.stack(views), labels, torch.from_numpy(mine)
+        return torch.stack(views), self._labels([self.data.photos[i] for i in mine]), torch.from_numpy(mine)
+
+    def _labels(self, photos: list[LabelledPhoto]) -> Tensor:
+        if not self.several:
+            return torch.tensor([photo.label for photo in photos], dtype=torch.int64)
+        shares = torch.zeros(len(photos), len(self.data.class_names))
+        for row, photo in zip(shares, photos, strict=True):
+            classes = list(photo.labels or (photo.label,))
+            row[classes] = 1 / len(classes)
+        return shares
 
     def _view(self, index: int, epoch: int) -> Tensor:
         rng = np.random.default_rng((self.config.seed, epoch, index))
@@ -154,6 +165,10 @@ def _learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     if config.lr_schedule == "constant":
         return config.lr
     return 1e-6 + 0.5 * (config.lr - 1e-6) * (1 + math.cos(math.pi * step / steps))
+
+
+class _OutOfMemoryElsewhere(Exception):
+    """Another rank begins the step again."""
 
 
 class _Trainer:
@@ -192,14 +207,9 @@ class _Trainer:
         """One update; ``total`` photos over all ranks. Values are means over them."""
         images, labels = images.to(self.device), labels.to(self.device)
         self.model.train()
-        while True:
-            try:
-                terms = self._gradients(step, images, labels, total)
-                break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._smaller_parts(len(images), error)
+        while (terms := self._attempt(step, images, labels, total)) is None:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         if not all(math.isfinite(value) for value in terms.values()):
             return terms
         for group in self.optimizer.param_groups:
@@ -209,31 +219,60 @@ class _Trainer:
             self.average.update_parameters(self.model)
         return terms
 
-    def _smaller_parts(self, count: int, error: Exception) -> None:
-        smaller = min(self.micro_batch or count, count) // 2
-        # other ranks wait in the middle of the step, which can't be begun again
-        if not self.config.auto_batch or smaller == 0 or self.world > 1:
+    def _attempt(self, step: int, images: Tensor, labels: Tensor, total: int) -> dict[str, float] | None:
+        """The terms of `_gradients`; None if memory ran out on any rank, and all take smaller parts from now on."""
+        error = None
+        try:
+            return self._gradients(step, images, labels, total)
+        except _OutOfMemoryElsewhere:
+            pass
+        except Exception as caught:
+            if not is_out_of_memory(caught):
+                raise
+            error = caught
+            self._ran_out(True)
+        largest = -(-total // self.world)
+        used = min(self.micro_batch or largest, largest)
+        if used == 1:
+            raise ConfigError("Memory ran out with a single photo at a time; use a smaller arch.") from error
+        if not self.config.auto_batch:
             raise ConfigError(
-                f"Memory ran out with {self.micro_batch or count} photos at a time; use a micro_batch of "
-                f"{max(1, smaller)}{', or auto_batch' if self.world == 1 else ''}."
+                f"Memory ran out with {used} photos at a time; use a micro_batch of {used // 2}, or auto_batch."
             ) from error
-        self.micro_batch = smaller
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.micro_batch = used // 2
+        return None
+
+    def _ran_out(self, here: bool) -> bool:
+        """Whether memory ran out on any rank. Every rank asks before the ranks exchange anything in an attempt at a
+        step, and one that failed asks once instead of what is left, so that none waits for it in vain."""
+        asks = self.world > 1 and self.config.auto_batch
+        return _any_rank(here, self.world, self.device) if asks else here
+
+    def _meet(self) -> None:
+        if self._ran_out(False):
+            raise _OutOfMemoryElsewhere
 
     def _gradients(self, step: int, images: Tensor, labels: Tensor, total: int) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self._parts(images, labels)
-        means = self._area_means(step, parts) if len(parts) > 1 else None
+        rank_share = len(images) / total
+        whole = self._shared_means(self._area_means(step, parts), rank_share) if len(parts) > 1 else None
+
+        def reducer(local: Tensor) -> Tensor:
+            # the mean over all parts, and over all ranks for area_sync, with the part's gradient
+            mean = self._shared_means(local.detach(), rank_share) if whole is None else whole
+            return mean + (local - local.detach())
+
         sums: dict[str, float] = {}
         for number, (x, y) in enumerate(parts):
-            terms = self._losses(step, number, x, y, means)
+            terms = localization_loss(self._forward(step, number, x), y, self.config.losses, reducer=reducer)
             share = len(x) / len(images)
             (terms["loss"] * share).backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * share
         if self.world > 1:
-            self._average_gradients(len(images) / total, sums)
+            self._meet()
+            self._average_gradients(rank_share, sums)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return {**sums, "gradient_norm": nn.utils.get_total_norm(gradients).item()}
 
@@ -259,16 +298,13 @@ class _Trainer:
             means.append(maps.mean((0, 2, 3)) * (len(x) / count))
         return torch.stack(means).sum(0)
 
-    def _losses(self, step: int, number: int, x: Tensor, y: Tensor, means: Tensor | None) -> dict[str, Tensor]:
-        reducer: Callable[[Tensor], Tensor] | None = all_reduce_mean if self.config.area_sync else None
-        if means is not None:
-            whole = means if reducer is None else reducer(means)
-
-            def reducer(local: Tensor) -> Tensor:
-                # the whole batch's mean, with the part's gradient
-                return whole + (local - local.detach())
-
-        return localization_loss(self._forward(step, number, x), y, self.config.losses, reducer=reducer)
+    def _shared_means(self, means: Tensor, rank_share: float) -> Tensor:
+        if self.world == 1 or not self.config.area_sync:
+            return means
+        self._meet()
+        means = means * rank_share
+        dist.all_reduce(means)
+        return means
 
     def _average_gradients(self, share: float, sums: dict[str, float]) -> None:
         # every rank's gradient is that of its own mean; ranks with more photos of the last batch count for more

@@ -5,13 +5,17 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from pro2sam_fast.data.localization import (
     CUB200,
     ILSVRC,
+    FlatFolder,
     ImageFolder,
     WSOLMetadata,
     coco_labels,
+    kind_of,
+    open_dataset,
     voc_labels,
 )
 from pro2sam_fast.errors import ConfigError, DataError
@@ -85,6 +89,7 @@ def test_boxes_from_voc(folder):
         ("cat/a.jpg,1,2,3\n", "boxes.csv, line 1: expected path,x0,y0,x1,y1"),
         ("cat/a.jpg,1,2,3,4\ncat/z.jpg,1,2,3,4\n", "line 2: 'cat/z.jpg' is no photo"),
         ("cat/a.jpg,1,2,3,4\ncat/b.png,a,2,3,4\n", "line 2: could not convert"),
+        ("cat/a.jpg,1,2,3,4\n\ncat/b.png,10,20,5,6\n", "line 3: the box must be x0,y0,x1,y1 with x0 < x1"),
     ],
 )
 def test_malformed_boxes_name_the_line(folder, text, message):
@@ -139,9 +144,38 @@ def test_imagenet_boxes_as_csv_and_list(imagenet):
     text.write_text("n02/v1.JPEG 1 0 1 7 6 3 1 7\n")
     with pytest.raises(DataError, match="val_gt.txt, line 1: expected four numbers a box"):
         ILSVRC(imagenet, "val", text)
+    (imagenet / "list.txt").write_text("n01/v2.JPEG;0\nn02/v1.JPEG;2\n")
+    with pytest.raises(DataError, match="list.txt, line 2: class 2 isn't one of 0 to 1"):
+        ILSVRC(imagenet, "val", table, imagenet / "list.txt")
     table.write_text("v1,n02 0 1 7\n")
     with pytest.raises(DataError, match="boxes.csv, line 1: expected ImageId"):
         ILSVRC(imagenet, "val", table)
+
+
+@pytest.mark.parametrize("table", ["map_clsloc.txt", "meta.mat"])
+def test_imagenet_labels_of_the_devkit(tmp_path, table):
+    # the devkit's own numbers are not the order of the WordNet ids, and groups of classes have numbers, too
+    for number in (1, 2):
+        photo(tmp_path / f"val/ILSVRC2012_val_{number:08d}.JPEG")
+    truth = tmp_path / "devkit" / "ILSVRC2012_validation_ground_truth.txt"
+    truth.parent.mkdir()
+    truth.write_text("1\n2\n")
+    with pytest.raises(DataError, match="neither meta.mat nor map_clsloc.txt"):
+        open_dataset("ilsvrc", tmp_path, False, val_list=truth)
+    if table == "meta.mat":
+        fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+        synsets = np.array([(1, "n02", "b", 0), (2, "n01", "a", 0), (1001, "n03", "group", 2)], dtype=fields)
+        savemat(truth.parent / table, {"synsets": synsets})
+    else:
+        (truth.parent / table).write_text("n02 1 b\nn01 2 a\n")
+    data = open_dataset("ilsvrc", tmp_path, False, val_list=truth)
+    assert data.class_names == ["n01", "n02"] and [p.label for p in data.photos] == [1, 0]
+    truth.write_text("1\n1001\n")
+    with pytest.raises(DataError, match="ground_truth.txt, line 2: class 1001"):
+        open_dataset("ilsvrc", tmp_path, False, val_list=truth)
+    (truth.parent / table).write_bytes(b"no table")
+    with pytest.raises(DataError, match=table):
+        open_dataset("ilsvrc", tmp_path, False, val_list=truth)
 
 
 def test_missing_photos_are_listed(imagenet):
@@ -166,6 +200,9 @@ def test_cub_splits(tmp_path):
         photo(tmp_path / "images" / name)
     assert [p.boxes for p in CUB200(tmp_path).photos] == [((60, 27, 385, 331),)]
     assert [p.id for p in CUB200(tmp_path, "test").photos] == ["2"]
+    (tmp_path / "image_class_labels.txt").write_text("1 1\n2 3\n")
+    with pytest.raises(DataError, match="image_class_labels.txt, line 2: class 3 isn't one of 1 to 2"):
+        CUB200(tmp_path)
     with pytest.raises(ConfigError, match="split must be one of train, test"):
         CUB200(tmp_path, "val")
 
@@ -178,6 +215,10 @@ def test_cub_as_text_lists(tmp_path):
     assert [p.label for p in CUB200(tmp_path).photos] == [0, 1]
     (test,) = CUB200(tmp_path, "test").photos
     assert (test.label, test.boxes) == (1, ((1, 2, 5, 6),))
+    (tmp_path / "test_list.txt").write_text("b/3.jpg;2\n")
+    with pytest.raises(DataError, match="test_list.txt, line 1: class 2"):
+        CUB200(tmp_path, "test")
+    (tmp_path / "test_list.txt").write_text("b/3.jpg;1\n")
     (tmp_path / "test_gt.txt").write_text("1 2 5 6 8 9\n1 2 5 6 8 9\n")
     with pytest.raises(DataError, match="holds 2 boxes, test_list.txt 1 photos"):
         CUB200(tmp_path, "test")
@@ -233,6 +274,15 @@ def test_labels_of_voc(tmp_path):
         photo(tmp_path / f"JPEGImages/{name}.jpg")
     photos, names = voc_labels(tmp_path, "train")
     assert names == ["cat", "dog"] and [p.labels for p in photos] == [(1, 0), (0,)]
+    assert kind_of(tmp_path) == "voc"
+    (tmp_path / "ImageSets/Main/val.txt").write_text("b\n")
+    data, val = (open_dataset("voc", tmp_path, train, class_names=None if train else names) for train in (True, False))
+    assert data.photos == photos and [p.label for p in val.photos] == [0] and val.class_names == names
+    with pytest.raises(DataError, match="b.xml: the class 'cat' of photo b is none of the 1 classes"):
+        open_dataset("voc", tmp_path, False, class_names=["dog"])
+    (tmp_path / "Annotations/b.xml").write_text("<annotation>\n<object>\n<name>cat</name>\n</object></annotation>")
+    with pytest.raises(DataError, match="b.xml, line 2: object 'cat' has no complete bndbox"):
+        voc_labels(tmp_path, "train")
     (tmp_path / "Annotations/b.xml").write_text("<annotation>")
     with pytest.raises(DataError, match="b.xml: not a readable annotation"):
         voc_labels(tmp_path, "train")
@@ -256,6 +306,64 @@ def test_labels_of_coco(tmp_path):
     )
     photos, names = coco_labels(tmp_path, path)
     assert names == ["car", "zebra"] and [p.labels for p in photos] == [(1, 0)] and len(photos[0].boxes) == 3
+    content = json.loads(path.read_text())
+    content["annotations"][1]["category_id"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"annotation 1: ValueError\('unknown category 3"):
+        coco_labels(tmp_path, path)
     path.write_text("[]")
     with pytest.raises(DataError, match=r"instances.json: not a COCO annotation file: the top level must be an object"):
         coco_labels(tmp_path, path)
+
+
+def test_photos_by_wordnet_id(tmp_path):
+    for name in ("n02_x", "n00000002_great_white_shark", "n00000001_tench", "n00000003_18", "n00000001_tench_2"):
+        photo(tmp_path / f"{name}.JPEG")
+    with pytest.raises(DataError, match=r"1 of 5 photos don't begin with a WordNet id .* the first is n02_x.JPEG"):
+        FlatFolder(tmp_path)
+    (tmp_path / "n02_x.JPEG").unlink()
+    data = FlatFolder(tmp_path)
+    assert data.class_names == ["n00000001_tench", "n00000002_great_white_shark", "n00000003"]
+    assert [p.label for p in data.photos] == [0, 0, 1, 2] and data.photos[0].id == "n00000001_tench.JPEG"
+    assert len(FlatFolder(tmp_path, images_per_class=1)) == 3
+    other = FlatFolder(tmp_path, class_names=["n00000000", "n00000003", "n00000002", "n00000001"])
+    assert [p.label for p in other.photos] == [3, 3, 2, 1]
+    with pytest.raises(DataError, match="n00000001_tench is of none of the 1 classes"):
+        FlatFolder(tmp_path, class_names=["n00000002"])
+    (tmp_path / "boxes.csv").write_text("n00000003_18.JPEG,1,2,3,4\n")
+    assert open_dataset("flat", tmp_path, False, boxes=tmp_path / "boxes.csv").photos[3].boxes == ((1, 2, 3, 4),)
+
+
+def test_kind_by_layout(folder, imagenet):
+    assert kind_of(folder / "cat") == "folder"
+    photo(folder / "cat" / "n00000001_tench.JPEG")
+    assert kind_of(folder / "cat") == "flat"
+    assert kind_of(folder) == "folder"
+    (folder / "train" / "n00000001").mkdir()
+    assert kind_of(folder) == "ilsvrc"
+    (folder / "images.txt").touch()
+    assert kind_of(folder) == "cub"
+    with pytest.raises(DataError, match="can't be listed"):
+        kind_of(folder / "none")
+
+
+def test_coco_in_its_layout(tmp_path):
+    for name in ("images/train2017/1.jpg", "images/train2017/2.jpg", "images/val2017/3.jpg"):
+        photo(tmp_path / name)
+    categories = [{"id": 1, "name": "car", "isthing": 1}, {"id": 7, "name": "sky", "isthing": 0}]
+    (tmp_path / "annotations").mkdir()
+    for split, numbers in (("train", (1, 2)), ("val", (3,))):
+        images = [{"id": n, "file_name": f"{n}.jpg"} for n in numbers]
+        segments = [{"category_id": 7, "bbox": [0, 0, 9, 8]}, {"category_id": 1, "bbox": [1, 1, 2, 2]}]
+        things = [{"image_id": n, "segments_info": segments[: 1 if n == 2 else 2]} for n in numbers]
+        content = {"categories": categories, "images": images, "annotations": things}
+        (tmp_path / "annotations" / f"panoptic_{split}2017.json").write_text(json.dumps(content))
+    assert kind_of(tmp_path) == "coco"
+    train, val = (open_dataset("coco", tmp_path, train) for train in (True, False))
+    # a photo of nothing but stuff has no class
+    assert train.class_names == ["car"] and [p.boxes for p in train.photos] == [((1, 1, 3, 3),)]
+    named = {"boxes": tmp_path / "annotations/panoptic_val2017.json", "class_names": ["bus", "car"]}
+    assert [p.label for p in open_dataset("coco", tmp_path / "images/val2017", False, **named).photos] == [1]
+    assert [p.label for p in val.photos] == [0]
+    with pytest.raises(DataError, match=r"no annotations/instances_val\*.json"):
+        open_dataset("coco", tmp_path / "images", False)

@@ -1,5 +1,7 @@
 """Baseline maps against plain arithmetic."""
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from toy_training import model
@@ -79,3 +81,38 @@ def test_rollout_of_uniform_attention(net, x):
     share = 0.5**3
     mixed = (1 - share) / 201
     assert reach[0, 0, 0].item() == pytest.approx(share / 196 + mixed, rel=1e-4)
+
+
+def test_grad_cam_is_that_of_the_library(net, x):
+    library = pytest.importorskip("pytorch_grad_cam", reason="needs pip install grad-cam")
+    targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
+
+    class Tapped(torch.nn.Module):
+        """A block whose input tokens can be watched."""
+
+        def __init__(self, block):
+            super().__init__()
+            self.tap, self.block = torch.nn.Identity(), block
+
+        def forward(self, z, *rest):
+            return self.block(self.tap(z), *rest)
+
+    class Logits(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x)["logits"]
+
+    wanted = torch.tensor([1, 0])
+    ours = BASELINES["gradcam"](net)(x, wanted)["map"]
+    net.blocks[-1] = Tapped(net.blocks[-1])
+    peer = library.GradCAM(
+        Logits(net), [net.blocks[-1].tap], reshape_transform=lambda z: z[:, 1:-4].transpose(1, 2).unflatten(2, (14, 14))
+    )
+    maps = peer(x.clone().requires_grad_(), [targets.ClassifierOutputTarget(int(c)) for c in wanted])
+    for one, other in zip(ours.numpy(), maps):
+        enlarged = cv2.resize(one, (224, 224))
+        low, high = enlarged.min(), enlarged.max()
+        np.testing.assert_allclose(other, (enlarged - low) / (high - low), atol=1e-4)

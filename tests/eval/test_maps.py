@@ -1,5 +1,6 @@
 """From photos to a report: predictions, threshold selection, the table."""
 
+import sys
 from dataclasses import replace
 
 import cv2
@@ -15,10 +16,10 @@ from pro2sam_fast.eval import maps
 from pro2sam_fast.eval.baselines import ClassActivation
 from pro2sam_fast.eval.box_accuracy import MaxBoxAcc
 from pro2sam_fast.eval.localization import LocalizationAccuracy
-from pro2sam_fast.eval.maps import evaluate_maps, evaluate_pixels, predict_maps
+from pro2sam_fast.eval.maps import evaluate_maps, evaluate_pixels, predict_maps, shared_classes
 from pro2sam_fast.eval.protocols import PROTOCOLS, prepare_score_maps, transform_boxes
 from pro2sam_fast.eval.pxap import PxAP, ground_truth_pixels
-from pro2sam_fast.eval.table import read_records, write_records
+from pro2sam_fast.eval.table import parquet, read_records, write_parquet, write_records
 
 
 def brightness(x):
@@ -82,9 +83,27 @@ def test_class_maps_are_those_of_the_annotated_class(data):
             return super().scores(x, classes)
 
     predict_maps(Watched(net), data, "sat")
+    swapped = predict_maps(Watched(net), data, "sat", classes=[1, 0])
+    assert torch.equal(seen.pop(), 1 - labels) and swapped.scores.shape == (len(data), 2)
+    assert predict_maps(Watched(net), data, "sat", classes=[]).scores is None and seen.pop() is None
     data.class_names = ["other", *data.class_names]
     predict_maps(Watched(net), data, "sat")
     assert torch.equal(seen[0], labels) and seen[1] is None, "classes of other data say nothing"
+
+
+def test_classes_by_name():
+    assert shared_classes(["a", "b"], ["b", "a"]) == [1, 0]
+    assert shared_classes(["a", "b", "c"], ["c"]) == [2]
+    assert shared_classes(["a", "b"], ["a", "d"]) == []
+    assert shared_classes(["n00000001_tench", "n00000002"], ["n00000002_shark", "n00000001"]) == [1, 0]
+    assert shared_classes(["0", "1"], ["a", "b"]) == [0, 1] and shared_classes(["a", "b"], ["0", "1", "2"]) == []
+
+
+def test_any_class_of_a_photo_will_do(data):
+    found = predict_maps(brightness, data)
+    right = evaluate_maps(found, data).metrics["Top-1 Cls"]
+    data.photos = [replace(p, labels=(0, 1)) for p in data.photos]
+    assert evaluate_maps(found, data).metrics["Top-1 Cls"] == 100 >= right
 
 
 def test_pixels(data, tmp_path):
@@ -163,3 +182,27 @@ def test_malformed_tables_name_the_line(data, tmp_path, old, new, message):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError, match=message):
         read_records(path)
+
+
+def test_parquet_holds_the_same(data, tmp_path):
+    pytest.importorskip("pyarrow", reason='needs pip install "pro2sam-fast[parquet]"')
+    records = list(evaluate_maps(predict_maps(brightness, data), data).accuracy.records.values())
+    records[0].class_boxes, records[1].top5, records[2].ious = {3: (1.0, 2.0, 3.0, 4.0)}, (), None
+    path = tmp_path / "photos.parquet"
+    write_parquet(path, records)
+    for one, other in zip(records, read_records(path), strict=True):
+        for name in ("id", "label", "top5", "box", "iou", "source", "class_boxes"):
+            assert getattr(one, name) == getattr(other, name)
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        assert (one.ious is None) == (other.ious is None)
+        assert one.ious is None or one.ious.tolist() == other.ious.tolist()
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="not a table of an evaluation"):
+        read_records(path)
+
+
+def test_parquet_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match=r"pip install \"pro2sam-fast\[parquet\]\""):
+        parquet()

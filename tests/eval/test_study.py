@@ -2,6 +2,7 @@
 
 import json
 import socket
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ import torch
 from PIL import Image
 
 from pro2sam_fast.api import load
+from pro2sam_fast.boxes import iou_exact
 from pro2sam_fast.cli import main
 from pro2sam_fast.data.localization import ImageFolder
 from pro2sam_fast.errors import CheckpointError, ConfigError, DataError
+from pro2sam_fast.eval.coarse import external_scores
 from pro2sam_fast.eval.gallery_cache import GalleryCache
 from pro2sam_fast.eval.localization import LocalizationAccuracy
-from pro2sam_fast.eval.study import external_scores
+from pro2sam_fast.eval.protocols import PROTOCOLS
+from pro2sam_fast.eval.stored import load_maps
 from pro2sam_fast.eval.table import read_records
 from pro2sam_fast.models.trained import ModelSpec, build_trained, load_trained
 
@@ -105,6 +109,80 @@ def test_a_threshold_from_other_photos(trained, photos, tmp_path):
     assert entry["metrics"]["GT-known"] >= max(metrics["GT-known"] for metrics in entry["fixed"].values())
 
 
+def test_layouts_of_the_papers_tables(trained, photos, tmp_path):
+    run = tmp_path / "weaker"
+    options = ["--data", str(photos), "--arch", "lite", "--epochs", "1", "--device", "cpu", "--run", str(run)]
+    losses = ["--gate", "none", "--lambda1", "0.5", "--lambda2", "1", "--loss-scheme", "mean_map_only"]
+    assert main(["train", "gtformer", *options, *losses]) == 0
+    coarse = ["--coarse", f"{trained},{run},rollout:{run},lite", "--ablation", "attention,losses"]
+    options = ["--data", str(photos), "--boxes", str(photos / "boxes.csv"), *coarse, "--output", str(tmp_path / "out")]
+    assert main(["evaluate", *options]) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    attention, losses = (report.split(f"## Ablation: {name}")[1].split("##")[0] for name in ("attention", "losses"))
+    assert "| coarse | protocol | foreground from | Top-1 Loc | GT-known |" in attention
+    for source in ("the image, gated", "the image, without gate", "attention alone"):
+        assert source in attention
+    assert f"| {run} | sat | mean_map_only | 0.5 : 1 |" in losses and "| lite |" not in losses
+    assert f"| {trained} | sat | official | 1 : 0.5 |" in losses
+
+
+def test_an_evaluation_from_stored_maps(trained, photos, tmp_path):
+    options = ["--data", str(photos), "--boxes", str(photos / "boxes.csv"), "--protocol", "sat,wsoleval"]
+    measure = ["--iou-set", "0.3,0.55", "--iou", "exact"]
+    table = ["--parquet"] if find_spec("pyarrow") else []
+    first = ["--save-maps", "--coarse", str(trained), "--output", str(tmp_path), *table]
+    assert main(["evaluate", *options, *measure, *first]) == 0
+    (folder,) = (tmp_path / "maps").iterdir()
+    assert len(list(folder.rglob("view224/*/*.npy"))) == len(list(folder.rglob("view256/*/*.npy"))) == 6
+    again = ["--coarse", f"maps:{folder}", "--output", str(tmp_path / "again")]
+    assert main(["evaluate", *options, *measure, *again]) == 0
+    reports = (json.loads((p / "summary.json").read_text())["maps"] for p in (tmp_path, tmp_path / "again"))
+    for one, other in zip(*reports, strict=True):
+        assert one["metrics"] == other["metrics"] and one["sweeps"] == other["sweeps"]
+        assert {"box_acc@0.3", "box_acc@0.55"} <= one["metrics"].keys() and "Top-1 Loc" in one["metrics"]
+        records = read_records(tmp_path / one["records"])
+        if table:
+            assert [r.iou for r in read_records((tmp_path / one["records"]).with_suffix(".parquet"))] == [
+                r.iou for r in records
+            ]
+        assert [r.iou for r in records] == [iou_exact(np.array(r.box), r.boxes).max() for r in records]
+    assert "IoU counts widths as x1 - x0." in (tmp_path / "report.md").read_text()
+    # without the extension, as wsolevaluation's README has it; with another precision and shape
+    for path in (folder / "view224").rglob("*.npy"):
+        np.save(path.with_name(path.name.replace(".png", "")), np.load(path).astype(np.float64).repeat(2, 0))
+        path.unlink()
+    data = ImageFolder(photos)
+    found = load_maps(folder, data, PROTOCOLS["wsoleval"])
+    assert found.maps.dtype == np.float64 and found.maps.shape == (6, 28, 14) and found.sizes[0] == (128, 96)
+    np.save(folder / "view224" / "red" / "1.npy", np.zeros((14, 14)))
+    with pytest.raises(DataError, match=r"red/1.npy: the map's shape isn't \(28, 14\)"):
+        load_maps(folder, data, PROTOCOLS["wsoleval"])
+    np.save(folder / "view224" / "red" / "1.npy", np.full((28, 14), np.nan))
+    with pytest.raises(DataError, match=r"red/1.npy: expected a two-dimensional array of finite numbers"):
+        load_maps(folder, data, PROTOCOLS["wsoleval"])
+    (folder / "view224" / "red" / "1.npy").unlink()
+    with pytest.raises(DataError, match=r"1 photos have no map, the first is 'red/1.png'"):
+        load_maps(folder, data, PROTOCOLS["wsoleval"])
+
+
+def test_one_image_per_class_and_other_classes(photos, tmp_path, capsys):
+    for i, name in enumerate(("tench", "goldfish")):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        Image.open(photos / "red" / f"{i}.png").save(tmp_path / "flat" / f"n0000000{i}_{name}.JPEG")
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "flat"), "--arch", "lite", "--epochs", "1", "--device", "cpu"]
+    assert main(["train", "gtformer", *options, "--run", str(run)]) == 0
+    assert load_trained(run)[1].class_names == ("n00000000_tench", "n00000001_goldfish")
+    options = ["--data", str(photos), "--boxes", str(photos / "boxes.csv"), "--coarse", f"{run},cam:{run}"]
+    assert main(["evaluate", *options, "--output", str(tmp_path / "out")]) == 0
+    # as many classes, but others
+    for entry in json.loads((tmp_path / "out" / "summary.json").read_text())["maps"]:
+        assert "GT-known" in entry["metrics"] and "Top-1 Loc" not in entry["metrics"]
+    assert "The 2 classes of the data aren't among those of" in (tmp_path / "out" / "report.md").read_text()
+    assert main(["evaluate", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
+    assert "--root DIR is missing" in capsys.readouterr().err
+
+
 def test_pixels_under_torchrun(photos, tmp_path, monkeypatch):
     """OpenImages' masks, by a process that torchrun started."""
     (tmp_path / "ids").mkdir()
@@ -122,13 +200,20 @@ def test_pixels_under_torchrun(photos, tmp_path, monkeypatch):
         free.bind(("localhost", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     options = ["--data", "wsol", "--root", str(photos), "--boxes", str(tmp_path), "--metadata", str(tmp_path / "ids")]
-    assert main(["evaluate", *options, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    masks = ["--masks", "--points-per-side", "4", "--ablation", "matching"]
+    assert main(["evaluate", *options, *masks, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert not torch.distributed.is_initialized()
     entries = json.loads((tmp_path / "out" / "summary.json").read_text())["pixels"]
     with np.load(tmp_path / "out" / entries[0]["records"]) as records:
         assert records["ids"].tolist() == ids
         assert (records["foreground"] + records["background"]).sum(1).tolist() == [224 * 224] * 6
     assert 30 < entries[0]["PxAP"] <= 100
+    # of matched masks, too, whose scores are 0 and 1 alone
+    assert [e["coarse"] for e in entries[:3]] == ["lite", "lite, matched", "lite, similarity bbox, matched"]
+    with np.load(tmp_path / "out" / entries[1]["records"]) as records:
+        counts = records["foreground"] + records["background"]
+        assert (counts[:, [0, -2]].sum(1) == 224 * 224).all() and len(records["ids"]) == 6
+    assert 30 < entries[1]["PxAP"] <= 100
     assert "PxAP" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -186,6 +271,8 @@ def test_scores_of_another_model(photos, tmp_path):
         (["--data", "folder", "--ablation", "matching"], "needs --masks"),
         (["--data", "folder", "--masks", "--ablation", "nothing"], "unknown ablation 'nothing'"),
         (["--data", "folder", "--protocol", "mask"], "mask protocol"),
+        (["--data", "folder", "--iou-set", "50"], "must lie in (0, 1], got 50"),
+        (["--data", "folder", "--val-list", "x"], "takes no val_list"),
         (["--data", "folder", "--protocol", "best"], "unknown protocol 'best'"),
     ],
 )

@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from toy_training import config, model, rank_main, train, write_photos
+from toy_training import config, hungry, model, rank_main, train, write_photos
 
 from pro2sam_fast.commands.train import _recipe, parser
 from pro2sam_fast.data.localization import ImageFolder
@@ -136,23 +137,12 @@ def test_split_batches_give_the_gradient_of_the_whole(photos, scheme, micro_batc
     assert terms["loss"] == pytest.approx(wanted["loss"].item(), rel=1e-9)
 
 
-class Hungry(torch.nn.Module):
-    """A model for which memory runs out with more than two photos."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = model(drop_path=0.0)
-
-    def forward(self, x):
-        if len(x) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return self.net(x)
-
-
 def test_out_of_memory(photos, tmp_path):
     with pytest.raises(ConfigError, match="use a micro_batch of 2, or auto_batch"):
-        train_gtformer(Hungry(), ImageFolder(photos), tmp_path / "a", config(epochs=1))
-    train_gtformer(Hungry(), ImageFolder(photos), tmp_path / "b", config(epochs=1, auto_batch=True))
+        train_gtformer(hungry(model(), 2), ImageFolder(photos), tmp_path / "a", config(epochs=1))
+    with pytest.raises(ConfigError, match="a single photo at a time"):
+        train_gtformer(hungry(model(), 0), ImageFolder(photos), tmp_path / "c", config(epochs=1, auto_batch=True))
+    train_gtformer(hungry(model(), 2), ImageFolder(photos), tmp_path / "b", config(epochs=1, auto_batch=True))
     assert load_latest(tmp_path / "b")["step"] == 3
 
 
@@ -214,8 +204,10 @@ def test_every_photo_once_an_epoch(photos):
         _Batches(data, config(batch_size=4), 0, 3)
 
 
-def test_two_ranks_are_one(photos, tmp_path, processes):
-    workers = [processes.Process(target=rank_main, args=(rank, tmp_path, photos)) for rank in range(2)]
+@pytest.mark.parametrize("fails", [None, "forward", "backward"])
+def test_two_ranks_are_one(photos, tmp_path, processes, fails):
+    # also where memory runs out on one of them, and both take smaller parts
+    workers = [processes.Process(target=rank_main, args=(rank, tmp_path, photos, fails)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -236,3 +228,13 @@ def test_two_ranks_are_one(photos, tmp_path, processes):
 def test_wrong_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         config(**options)
+
+
+def test_classes_share_the_label_of_a_photo(tmp_path):
+    write_photos(tmp_path, classes=2, each=2)
+    data = ImageFolder(tmp_path)
+    data.photos[1] = replace(data.photos[1], labels=(1, 0))
+    batches = _Batches(data, config(batch_size=4), 0, 1)
+    _, labels, order = batches[0]
+    wanted = {0: [1, 0], 1: [0.5, 0.5], 2: [0, 1], 3: [0, 1]}
+    assert labels.tolist() == [wanted[i] for i in order.tolist()]
