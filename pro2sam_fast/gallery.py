@@ -120,9 +120,10 @@ class MaskGallery:
             index = torch.as_tensor(index, dtype=None if len(index) else torch.int64)
         if isinstance(index, Tensor):
             index = to_device(index, self.device)
-        return type(self)(self.size, *(tensor[index] for tensor in self._tensors()))
+        return type(self)(self.size, *(tensor[index] for tensor in self.tensors()))
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """All of them, in their order."""
         return [getattr(self, field.name) for field in fields(self)[1:]]
 
     def dense(self) -> Tensor:
@@ -136,8 +137,8 @@ class MaskGallery:
     def to(self, device: torch.device | str) -> MaskGallery:
         """The gallery with all its tensors on ``device``."""
         if torch.device(device).type == "cpu":
-            return galleries_to_host([self])[0][0]
-        return type(self)(self.size, *(tensor.to(device) for tensor in self._tensors()))
+            return galleries_to_host([self])[0]
+        return type(self)(self.size, *(tensor.to(device) for tensor in self.tensors()))
 
     def to_records(self, output_mode: str = "binary_mask") -> list[dict[str, Any]]:
         """One dict a mask, with the keys, order, values and types of `segment_anything`'s mask generator.
@@ -177,11 +178,10 @@ class MaskGallery:
         ]
 
 
-def galleries_to_host(galleries: Sequence[MaskGallery], *others: Tensor) -> tuple[list[MaskGallery], list[Tensor]]:
-    """Galleries and tensors on the host, see :func:`pro2sam_fast.transfer.to_host`."""
-    tensors = iter(to_host([tensor for gallery in galleries for tensor in gallery._tensors()] + list(others)))
-    galleries = [MaskGallery(g.size, *itertools.islice(tensors, len(g._tensors()))) for g in galleries]
-    return galleries, list(tensors)
+def galleries_to_host(galleries: Sequence[MaskGallery]) -> list[MaskGallery]:
+    """Galleries with all their tensors on the host, see :func:`pro2sam_fast.transfer.to_host`."""
+    tensors = iter(to_host([tensor for gallery in galleries for tensor in gallery.tensors()]))
+    return [MaskGallery(g.size, *itertools.islice(tensors, len(g.tensors()))) for g in galleries]
 
 
 def _xywh(boxes: Tensor) -> Tensor:

@@ -310,6 +310,11 @@ class MaskGenerator:
             self._grids[layer, device] = torch.from_numpy(self.point_grids[layer]).to(device)
         return self._grids[layer, device]
 
+    def _batch_size(self, device: torch.device) -> int:
+        if self.points_per_batch != "auto":
+            return self.points_per_batch
+        return _AUTO_POINTS_PER_BATCH.get(device.type, _AUTO_POINTS_PER_BATCH_ELSEWHERE)
+
     def _crop_galleries(self, embeddings: Tensor, crops: list[_Crop], wide: bool = False) -> list[MaskGallery]:
         """Of crops of any images, (B, D, e, e), all in one go."""
         device = embeddings.device
@@ -318,9 +323,7 @@ class MaskGenerator:
             h, w = frame.crop_size
             points.append(_scaled(self._points(layer, device), w, h))
             coords.append(_scaled(points[-1], frame.input_size[1] / w, frame.input_size[0] / h))
-        size = self.points_per_batch
-        if size == "auto":
-            size = _AUTO_POINTS_PER_BATCH.get(device.type, _AUTO_POINTS_PER_BATCH_ELSEWHERE)
+        size = self._batch_size(device)
         decoded = self._decoder(embeddings, coords, size, wide)
         found = {
             i: self._measured(self._batches(parts, points[i], size), crops[i].frame, _drops(device, len(points[i])))
@@ -344,6 +347,11 @@ class MaskGenerator:
             for i, gallery in zip(again, self._crop_galleries(*parts, wide=True), strict=True):
                 galleries[i] = gallery
         return galleries
+
+    def _candidates(self, embedding: Tensor, coords: Tensor) -> Iterator[_Candidates]:
+        """Of one image, (1, D, e, e), whose points are given in the input frame, (G, 2)."""
+        size = self._batch_size(embedding.device)
+        return self._batches(self._decoder(embedding, [coords], size), coords, size)
 
     def _batches(self, parts: Iterable[DecodedMasks], points: Tensor, size: int) -> Iterator[_Candidates]:
         waiting: list[_Candidates] = []

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Generator, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Reading", "Upload", "packed", "queues", "to_device", "to_host", "unpacked"]
+__all__ = ["Reading", "Upload", "in_step", "packed", "queues", "to_device", "to_host", "unpacked"]
+
+Result = TypeVar("Result")
 
 _ALIGNED = 8  # bytes, the largest element
 
@@ -75,6 +79,24 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     there = [x for x in tensors if x.device.type != "cpu"]
     copies = iter(unpacked(Reading(packed(there)).result(), there) if there else ())
     return [x if x.device.type == "cpu" else next(copies) for x in tensors]
+
+
+def in_step(tasks: Iterable[Generator[list[Tensor], list[Tensor], Result]]) -> list[Result]:
+    """What generators return that yield tensors and are sent them on the host: those that all of them ask for at a time
+    come in one copy."""
+    tasks = list(tasks)
+    results: list[Result | None] = [None] * len(tasks)
+    sent: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(tasks)))
+    while sent:
+        asked = {}
+        for i, tensors in sent.items():
+            try:
+                asked[i] = tasks[i].send(tensors)
+            except StopIteration as end:
+                results[i] = end.value
+        there = iter(to_host([x for tensors in asked.values() for x in tensors]))
+        sent = {i: list(itertools.islice(there, len(tensors))) for i, tensors in asked.items()}
+    return results
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:

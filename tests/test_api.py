@@ -184,14 +184,16 @@ def test_inputs_are_not_modified(localizer, folder):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("options", [{}, {"sam_input": 50}, {"generator": {"crop_n_layers": 1}}])
+@pytest.mark.parametrize("case", [{}, {"sam_input": 50}, {"generator": {"crop_n_layers": 1}}])
 @pytest.mark.parametrize("short", [False, True])
-def test_photos_are_prepared_in_the_background(folder, monkeypatch, options, short):
+def test_photos_are_prepared_in_the_background(folder, monkeypatch, case, short):
     """As on a GPU, two photos a pass."""
+    options = dict(case)
     torch.manual_seed(0)
     classifier = PhotoNet(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten()), size=32)
-    generator = {"points_per_side": 4, "pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.9}
-    options = {"device": "cpu", **options, "generator": {**generator, **options.get("generator", {})}}
+    everything = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
+    generator = {"points_per_side": 4, **everything, **options.pop("generator", {})}
+    options |= {"generator": generator, "matching": {"drop_full_frame": False}, "device": "cpu"}
     localizer = Localizer(toy.ColorMap(), toy.tiny_sam(), classifier=classifier, **options)
     expected = localizer(folder, on_error="skip", batch_size=3)
     threads, prepare = set(), MaskGenerator.prepare

@@ -9,7 +9,7 @@ import torch
 
 from pro2sam_fast import transfer
 from pro2sam_fast.gallery import MaskGallery, galleries_to_host
-from pro2sam_fast.transfer import Reading, Upload, packed, to_device, to_host, unpacked
+from pro2sam_fast.transfer import Reading, Upload, in_step, packed, to_device, to_host, unpacked
 
 TENSORS = (
     torch.arange(7, dtype=torch.int64)[::2],
@@ -38,8 +38,29 @@ def test_nothing_is_copied_on_the_cpu():
     assert all(x is y for x, y in zip(to_host(TENSORS), TENSORS, strict=True)) and to_host([]) == []
     assert all(x is to_device(x, torch.device("cpu")) is Upload(x, torch.device("cpu")).result() for x in TENSORS)
     gallery = MaskGallery.from_dense(torch.rand(3, 5, 70) > 0.5)
-    (same,), (other,) = galleries_to_host([gallery], TENSORS[0])
-    assert same.masks is gallery.masks and same.points is gallery.points and other is TENSORS[0]
+    (same,) = galleries_to_host([gallery])
+    assert all(x is y for x, y in zip(same.tensors(), gallery.tensors(), strict=True))
+
+
+def test_generators_in_step_share_their_copies(monkeypatch):
+    copies = []
+    monkeypatch.setattr(transfer, "to_host", lambda tensors: copies.append(len(tensors)) or [x + 1 for x in tensors])
+
+    def task(start, steps):
+        total = start
+        for step in range(steps):
+            (*_, total) = yield [torch.zeros(2)] * step + [total]
+        return total
+
+    results = in_step(task(torch.tensor(10 * n), n) for n in (2, 0, 3, 1))
+    assert [int(x) for x in results] == [22, 0, 33, 11] and copies == [3, 4, 3, 0]
+    with pytest.raises(KeyError):
+        in_step([task(torch.tensor(1), 2), failing()])
+
+
+def failing():
+    yield [torch.zeros(1)]
+    raise KeyError
 
 
 def test_an_upload_is_in_step_with_both_streams(monkeypatch):
@@ -76,8 +97,8 @@ def test_one_copy_from_a_gpu():
     assert back[-1] is TENSORS[0] and not any(x.is_cuda or x.is_pinned() for x in back)
     assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(back, TENSORS, strict=False))
     gallery = MaskGallery.from_dense(torch.rand(9, 50, 70) > 0.5)
-    moved = [MaskGallery(gallery.size, *(x.to(device) for x in gallery._tensors())) for _ in range(2)]
-    assert all(torch.equal(x.masks, gallery.masks) for x in galleries_to_host(moved)[0])
+    moved = [MaskGallery(gallery.size, *(x.to(device) for x in gallery.tensors())) for _ in range(2)]
+    assert all(torch.equal(x.masks, gallery.masks) for x in galleries_to_host(moved))
 
 
 @pytest.mark.cuda

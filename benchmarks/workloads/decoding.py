@@ -124,7 +124,7 @@ def _timed(function: Callable, part: str, spent: Counter[str]) -> Callable:
 def ours(options: Options, model, embedding: Tensor, coords: Tensor, threshold: float) -> Callable[[], object]:
     """Our decoder, as MaskGenerator runs it, its masks dropped as they come."""
     generator = MaskGenerator(model, pred_iou_thresh=threshold, dtype=options.dtype)
-    return _drained(torch.no_grad, lambda: generator._batches(embedding, coords, coords))
+    return _drained(torch.no_grad, lambda: generator._candidates(embedding, coords))
 
 
 def peers(options: Options, name: str, embedding: Tensor, coords: Tensor) -> dict[str, Callable[[], object] | Skip]:

@@ -147,7 +147,7 @@ def _galleries(generator: MaskGenerator, photos: Sequence[tuple], on_error: str)
 
     half = len(photos) // 2
     try:
-        return galleries_to_host(generator.generate(*map(list, zip(*photos, strict=True))))[0]
+        return galleries_to_host(generator.generate(*map(list, zip(*photos, strict=True))))
     except (Pro2SamError, MemoryError, RuntimeError) as error:
         short = is_out_of_memory(error)
         if not (short or isinstance(error, Pro2SamError)) or (on_error == "raise" and not (short and half)):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from ..background import in_background
 from ..boxes import tight_box
 from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
-from ..gallery import MaskGallery, galleries_to_host
+from ..gallery import MaskGallery
 from ..generator import MaskGenerator
 from ..io import MAX_PIXELS, Source, iter_sources, read_sources
 from ..memory import if_it_fits, is_out_of_memory
 from ..models.lite import map_and_label
 from ..results import Localization
-from ..transfer import Upload, queues, to_device
-from .matching import MatchResult, NoMaskError, match
+from ..transfer import Upload, in_step, queues, to_device, to_host
+from .matching import MatchResult, NoMaskError, match, matching
 
 __all__ = ["AUTO_BATCH", "Localizer", "PhotoNet", "check_batch_size", "resolve_device"]
 
@@ -257,26 +257,31 @@ class Localizer:
     def _results(
         self, images: Sequence[np.ndarray], galleries: list[MaskGallery], maps: Tensor, logits: Tensor | None
     ) -> list[Localization]:
-        found = [match(gallery, coarse, **self.matching) for gallery, coarse in zip(galleries, maps, strict=True)]
-        best = [
-            np.argsort(-np.where(x.kept, x.scores, -1.0), kind="stable")[: int(np.sum(x.kept))][: self.candidates]
-            for x in found
-        ]
-        candidates = [gallery.select(torch.from_numpy(index)) for gallery, index in zip(galleries, best, strict=True)]
-        labels = () if logits is None else logits.float().softmax(dim=1).max(dim=1)
-        candidates, (maps, *labels) = galleries_to_host(candidates, maps.float(), *labels)
-        columns = zip(images, found, best, candidates, maps.numpy(), strict=True)
+        tasks = [self._located(gallery, coarse) for gallery, coarse in zip(galleries, maps, strict=True)]
+        columns = ((image, *found) for image, found in zip(images, in_step(tasks), strict=True))
         # boxes are the processor's work, which a GPU would wait for
         ahead = len(images) if queues(self.device) else 0
         results = list(in_background(lambda column: self._result(*column), columns, ahead))
-        for result, score, index in zip(results, *(x.tolist() for x in labels)) if labels else ():
-            result.label, result.label_score = index, score
-            if self.class_names is not None and index < len(self.class_names):
-                result.label_name = self.class_names[index]
+        if logits is not None:
+            score, label = to_host(logits.float().softmax(dim=1).max(dim=1))
+            for result, index, value in zip(results, label.tolist(), score.tolist(), strict=True):
+                result.label, result.label_score = index, value
+                if self.class_names is not None and index < len(self.class_names):
+                    result.label_name = self.class_names[index]
         return results
 
+    def _located(self, gallery: MaskGallery, coarse: Tensor) -> Generator[list[Tensor], list[Tensor], tuple]:
+        """What was matched, the masks to keep, best first, the same in scores, and the map; see `in_step`."""
+        found = yield from matching(gallery, coarse, **self.matching)
+        scores = np.where(found.kept, found.scores, -1.0)
+        best = np.argsort(-scores, kind="stable")[: int(np.sum(found.kept))][: self.candidates]
+        candidates = gallery.select(torch.from_numpy(best))
+        coarse, *tensors = yield [coarse.float(), *candidates.tensors()]
+        candidates = MaskGallery(gallery.size, *tensors)
+        return found, candidates, scores[best].astype(np.float32), coarse.numpy()
+
     def _result(
-        self, image: np.ndarray, found: MatchResult, best: np.ndarray, candidates: MaskGallery, coarse: np.ndarray
+        self, image: np.ndarray, found: MatchResult, candidates: MaskGallery, scores: np.ndarray, coarse: np.ndarray
     ) -> Localization:
         height, width = image.shape[:2]
         box, mask = self._box_of(found), found.mask
@@ -291,7 +296,7 @@ class Localizer:
             score=float(found.score),
             coarse=coarse,
             candidates=candidates,
-            candidate_scores=np.where(found.kept, found.scores, -1.0)[best].astype(np.float32),
+            candidate_scores=scores,
             source=found.source,
         )
 
