@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "if_it_fits", "in_chunks", "is_out_of_memory", "items_per_chunk", "joined"]
+__all__ = ["CHUNK_BYTES", "in_chunks", "is_out_of_memory", "items_per_chunk", "joined"]
 
 # What one step may hold besides its arguments and results; results do not depend on it.
 CHUNK_BYTES = 64 << 20
@@ -31,16 +31,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("can't allocate memory", "out of memory")
     )
-
-
-def if_it_fits(call: Callable[[], T]) -> T | None:
-    """The result of ``call()``, None where that doesn't fit the memory."""
-    try:
-        return call()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
 
 
 def in_chunks(call: Callable[[int, int], T], count: int, size: int) -> list[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import time
@@ -110,12 +111,13 @@ def _build(model: dict[str, Any], options: dict[str, Any], limit: int | None, on
 
 def _segment(generator: MaskGenerator, limit: int | None, on_error: str, sources: Iterable[Source]) -> Iterator:
     """For each photo ((pixels, gallery, milliseconds), None), or (None, why there is no gallery)."""
-    from ..memory import if_it_fits
     from ..predictor import photos_per_pass
     from ..transfer import queues
 
     def prepared(image: np.ndarray) -> tuple[np.ndarray, Any]:
-        return image, if_it_fits(lambda: generator.prepare(image)) if ahead else None
+        with contextlib.suppress(Exception):  # what fails here fails again below, unless memory was short
+            return image, generator.prepare(image) if ahead else None
+        return image, None
 
     device = generator.sam.device
     size = photos_per_pass(device)

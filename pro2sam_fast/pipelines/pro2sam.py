@@ -21,7 +21,7 @@ from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
 from ..gallery import MaskGallery
 from ..generator import MaskGenerator
 from ..io import MAX_PIXELS, Source, iter_sources, read_sources
-from ..memory import if_it_fits, is_out_of_memory
+from ..memory import is_out_of_memory
 from ..models.lite import map_and_label
 from ..results import Localization
 from ..transfer import Upload, in_step, queues, to_device, to_host
@@ -115,7 +115,7 @@ class Localizer:
     device: "auto" (CUDA where it works, else CPU), or what torch.device takes.
 
     On the CPU results don't depend on the batch size; a GPU may round coarse maps differently. Calling is safe from one
-    thread at a time.
+    thread at a time. For a GPU, `prepare` of the stages is called by several threads of our own.
     """
 
     def __init__(
@@ -246,7 +246,9 @@ class Localizer:
         return to_device(torch.stack([stage.prepare(image) for image in images]), self.device)
 
     def _photo(self, image: np.ndarray) -> _Photo:
-        return _Photo(image, if_it_fits(lambda: self.prepare(image)))
+        with suppress(Exception):  # what fails here fails again where that is dealt with, unless memory was short
+            return _Photo(image, self.prepare(image))
+        return _Photo(image)
 
     def _sam_view(self, image: np.ndarray) -> np.ndarray:
         if self.sam_input == "native":
