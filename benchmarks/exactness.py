@@ -70,11 +70,12 @@ def logits(files: list[Path], device: torch.device) -> Found:
     full, mixed = (_generator(model, dtype) for dtype in ("float32", "bfloat16"))
     pairs: dict[str, list[tuple[Decoded, Decoded]]] = {"decoder": [], "ours": [], "theirs": []}
     for image in map(read_image, files):
-        embedding, (h, w) = full._decoder.encode(image, full.transform)
+        (embedding,), (mixed_embedding,) = (list(x._decoder.encode(x.prepare(image))) for x in (full, mixed))
+        h, w = full.transform.get_preprocess_shape(*image.shape[:2], full.transform.target_length)
         coords = torch.from_numpy(point_grid(SIDE) * [w, h]).to(device)
         exact = _ours(full, embedding, coords)
         pairs["decoder"].append((_ours(mixed, embedding, coords), exact))
-        pairs["ours"].append((_ours(mixed, mixed._decoder.encode(image, mixed.transform)[0], coords), exact))
+        pairs["ours"].append((_ours(mixed, mixed_embedding, coords), exact))
         with autocast(theirs), torch.no_grad():
             resized = torch.from_numpy(full.transform.apply_image(image)).to(device).permute(2, 0, 1)
             reduced = _theirs(theirs, theirs.image_encoder(theirs.preprocess(resized[None])), coords)
@@ -109,7 +110,9 @@ def decoder(files: list[Path], device: torch.device) -> Found:
     """
     random = torch.randn((1, 256, 64, 64), generator=torch.Generator().manual_seed(0)).to(device)
     lite = _generator(sam("lite", device), "float32")
-    embedding, (h, w) = lite._decoder.encode(read_image(files[0]), lite.transform)
+    image = read_image(files[0])
+    (embedding,) = lite._decoder.encode(lite.prepare(image))
+    h, w = lite.transform.get_preprocess_shape(*image.shape[:2], lite.transform.target_length)
     for name, image, coords in (
         ("vit_b", random, point_grid(VIT_SIDE) * 1024),
         ("lite", embedding, point_grid(SIDE) * [w, h]),
@@ -151,7 +154,7 @@ def _generator(model, dtype: str) -> MaskGenerator:
 @torch.no_grad()
 def _ours(generator: MaskGenerator, embedding: Tensor, coords: Tensor) -> Decoded:
     """As MaskGenerator decodes them: coords (G, 2) in the input frame."""
-    parts = generator._batches(embedding, coords, coords)
+    parts = generator._candidates(embedding, coords)
     low_res, iou = (torch.cat(column) for column in zip(*((part.low_res, part.iou) for part in parts)))
     return low_res.unflatten(0, (-1, 3)), iou.unflatten(0, (-1, 3))
 

@@ -1,35 +1,50 @@
-"""Low-resolution masks of many point prompts on one photo, a group at a time."""
+"""Low-resolution masks of many point prompts on photos, a group at a time."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding_ahead import MasksAhead, OutOfRangeError, masks_ahead
+from .decoding_ahead import masks_ahead
 from .memory import in_chunks, joined
 from .models.sam import DecodedTokens, GridDecoder, Sam
 from .models.sam.grid_decoder import DecodedGrid, ImageBases
 from .ops.decode_sweeps import fast_operands
-from .predictor import encode_images, photos_per_pass
-from .transforms import ResizeLongestSide
+from .predictor import encode_resized, photos_per_pass
+from .transfer import Upload, queues
 
-__all__ = ["PointDecoder"]
+__all__ = ["DecodedMasks", "PointDecoder"]
 
 # Matrix products of different sizes round differently, so prompts are decoded and masks upscaled in groups of a fixed
 # size (the last one filled up with copies): a mask does not depend on how many others are asked for with it.
 _PROMPTS_PER_GRID = {"cpu": 64}
 _PROMPTS_PER_GRID_ELSEWHERE = 256
-_PROMPTS_AHEAD = 1024  # whose tokens are made before the first masks, 48 KiB of results each
+# Tokens are made of up to so many times so many prompts, 48 KiB of results each, before the first masks.
+_PROMPTS_AHEAD = 1024
+_RANGES_AHEAD = 8
 _PROMPTS_PER_DECODE = {"cpu": 16}
 _PROMPTS_PER_UPSCALE = {"cpu": 8}
 _PROMPTS_PER_GROUP_ELSEWHERE = 64
+
+
+class DecodedMasks(NamedTuple):
+    """Masks of one image.
+
+    image: which. prompts: int64 (K,), theirs. logits: float32 (K, 4e, 4e). iou: float32 (K,). alive: how many prompts
+    these are.
+    """
+
+    image: int
+    prompts: Tensor
+    logits: Tensor
+    iou: Tensor
+    alive: int
 
 
 @dataclass(frozen=True)
@@ -41,25 +56,35 @@ class PointDecoder:
     dtype: torch.dtype
     pred_iou_thresh: float
 
-    def __call__(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
-        """Masks that pass the filter by predicted IoU, in order, in groups of up to ``points_per_batch`` prompts (more
-        where the groups are fixed).
+    def __call__(
+        self, embeddings: Tensor, coords: Sequence[Tensor], points_per_batch: int, wide: bool = False
+    ) -> Iterator[DecodedMasks]:
+        """Masks that pass the filter by predicted IoU, image by image and in order, in groups of up to
+        ``points_per_batch`` prompts (more where the groups are fixed).
+
+        Where :attr:`narrow` holds, an IoU of NaN tells that a number of the image was beyond the range of float16: its
+        masks are void then, those of a ``wide`` call are not.
 
         Args:
-            embedding: (1, D, e, e).
-            coords: float64 (G, 2) in the input frame.
-
-        Yields:
-            Indices (K,) of their prompts, logits (K, 4e, 4e), IoU (K,), and how many prompts these are.
+            embeddings: (B, D, e, e).
+            coords: float64 (G, 2) in the input frame, of each image.
         """
-        if self._grid is not None:
-            decode = self._decode_grid if embedding.device.type == "cpu" else self._decode_ahead
-            yield from decode(embedding, coords, points_per_batch)
+        if self._grid is not None and queues(embeddings.device):
+            grid = self._wide_grid if wide and self.narrow else self._grid
+            yield from self._decode_ahead(grid, embeddings, coords, points_per_batch)
             return
-        for index, low_res, iou in self._decode_groups(embedding, coords):
-            keep = self._wanted(iou)
-            prompts = index[:, None].expand_as(iou)
-            yield prompts[keep], low_res[keep], iou[keep], len(index)
+        for image, points in enumerate(coords):
+            embedding = embeddings[image : image + 1]
+            if self._grid is not None:
+                parts = self._decode_grid(embedding, points, points_per_batch)
+            else:
+                parts = self._decode_groups(embedding, points)
+            yield from (DecodedMasks(image, *part) for part in parts)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether operands are float16."""
+        return self._grid is not None and self._grid.dtype == torch.float16
 
     @functools.cached_property
     def _grid(self) -> GridDecoder | None:
@@ -95,36 +120,46 @@ class PointDecoder:
                 prompts = index[part].repeat_interleave(wanted.sum(dim=1))
                 yield prompts, self._grid_masks(bases, chosen, wanted), chosen.iou[wanted], len(part)
 
-    def _decode_ahead(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
-        grid, done = self._grid, 0
-        while done < len(coords):
-            try:
-                for masks in self._ahead(grid, embedding, coords, done, points_per_batch):
-                    done = masks.stop
-                    yield masks[1:]
-                return
-            except OutOfRangeError:
-                warnings.warn("numbers beyond float16: masks are decoded with bfloat16", RuntimeWarning, stacklevel=2)
-                grid = self._wide_grid
-
-    def _ahead(
-        self, grid: GridDecoder, embedding: Tensor, coords: Tensor, start: int, points_per_batch: int
-    ) -> Iterator[MasksAhead]:
-        # of the prompts from `start` on
-        bases = grid.bases(embedding)
-        for first in range(start, len(coords), _PROMPTS_AHEAD):
-            index = torch.arange(first, min(first + _PROMPTS_AHEAD, len(coords)), device=coords.device)
-            groups = index.split(grid.prompts_per_group)
-            sparse = [self._sparse(coords[_filled(group, grid.prompts_per_group)])[0][: len(group)] for group in groups]
-            decoded = self._grid_tokens(grid, bases, joined(sparse))
+    def _decode_ahead(
+        self, grid: GridDecoder, embeddings: Tensor, coords: Sequence[Tensor], points_per_batch: int
+    ) -> Iterator[DecodedMasks]:
+        bases = grid.bases(embeddings)
+        ranges = [
+            (image, start, points[start : start + _PROMPTS_AHEAD])
+            for image, points in enumerate(coords)
+            for start in range(0, len(points), _PROMPTS_AHEAD)
+        ]
+        for first in range(0, len(ranges), _RANGES_AHEAD):
+            chosen = ranges[first : first + _RANGES_AHEAD]
+            parts, owners, before = [], [], 0
+            for image, start, points in chosen:
+                for i in range(0, len(points), points_per_batch):
+                    parts.append((before + i, before + min(i + points_per_batch, len(points))))
+                    owners.append((image, start - before))
+                before += len(points)
+            decoded = _joined([self._range_tokens(grid, bases, image, points) for image, _, points in chosen])
             keep = self._wanted(decoded.iou)
+            if grid.dtype == torch.float16:
+                keep |= decoded.iou.isnan()
             keep[:, 0] = False
-            for masks in masks_ahead(grid, bases, decoded, keep, points_per_batch):
-                yield masks._replace(stop=first + masks.stop, prompts=first + masks.prompts)
+            for masks in masks_ahead(grid, bases, decoded, keep, parts):
+                image, shift = owners[masks.part]
+                yield DecodedMasks(image, masks.index // keep.shape[1] + shift, *masks[2:])
 
-    def _grid_tokens(self, grid: GridDecoder, bases: ImageBases, sparse: Tensor) -> DecodedGrid:
-        parts = in_chunks(lambda a, b: grid.tokens(bases, sparse[a:b]), len(sparse), len(sparse))
-        return DecodedGrid(*map(joined, zip(*parts, strict=True)))
+    def _range_tokens(self, grid: GridDecoder, bases: ImageBases, image: int, coords: Tensor) -> DecodedGrid:
+        # from a group of prompts on, so that it doesn't matter which other images there are
+        size = grid.prompts_per_group
+        groups = torch.arange(len(coords), device=coords.device).split(size)
+        sparse = joined([self._sparse(coords[_filled(group, size)])[0][: len(group)] for group in groups])
+        return self._grid_tokens(grid, bases, sparse, torch.full_like(groups[0][:1], image).expand(len(sparse)))
+
+    def _grid_tokens(
+        self, grid: GridDecoder, bases: ImageBases, sparse: Tensor, image: Tensor | None = None
+    ) -> DecodedGrid:
+        def tokens(start: int, stop: int) -> DecodedGrid:
+            return grid.tokens(bases, sparse[start:stop], None if image is None else image[start:stop])
+
+        return _joined(in_chunks(tokens, len(sparse), len(sparse)))
 
     def _grid_masks(self, bases: ImageBases, decoded: DecodedGrid, wanted: Tensor) -> Tensor:
         def upscale(start: int, stop: int) -> Tensor:
@@ -132,9 +167,7 @@ class PointDecoder:
 
         return joined(in_chunks(upscale, len(wanted), len(wanted)))
 
-    def _decode_groups(self, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Groups of surviving prompts: their indices (n,), logits (n, 3, 4e, 4e), IoU (n, 3). A prompt survives if one
-        of its masks may."""
+    def _decode_groups(self, embedding: Tensor, coords: Tensor) -> Iterator[tuple[Tensor, ...]]:
         device = embedding.device
         decode_size = _PROMPTS_PER_DECODE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
         upscale_size = _PROMPTS_PER_UPSCALE.get(device.type, _PROMPTS_PER_GROUP_ELSEWHERE)
@@ -151,24 +184,22 @@ class PointDecoder:
             while waiting >= upscale_size:
                 group, pending = _split(pending, upscale_size)
                 waiting -= upscale_size
-                yield self._upscale(group, upscale_size, decoded.size)
+                yield self._group_masks(group, upscale_size, decoded.size)
         if waiting:
             group, _ = _split(pending, waiting)
-            yield self._upscale(group, upscale_size, decoded.size)
+            yield self._group_masks(group, upscale_size, decoded.size)
 
     def _autocast(self, reduced: bool = True) -> torch.autocast:
         return torch.autocast(self.sam.device.type, self.dtype, enabled=reduced and self.dtype != torch.float32)
 
-    def encode(
-        self, images: Iterable[np.ndarray], transform: ResizeLongestSide
-    ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-        """The embedding, float32 (1, D, e, e), and input size of each photo, see
-        :func:`pro2sam_fast.predictor.encode_images`; a pass at a time, as they are asked for."""
-        images = iter(images)
-        while photos := list(itertools.islice(images, photos_per_pass(self.sam.device))):
+    def encode(self, photos: Iterable[Upload]) -> Iterator[Tensor]:
+        """The embeddings of photos, float32 (B, D, e, e), see :func:`pro2sam_fast.predictor.encode_resized`; a pass at
+        a time, as they are asked for."""
+        photos = iter(photos)
+        while chosen := list(itertools.islice(photos, photos_per_pass(self.sam.device))):
             with self._autocast(getattr(self.sam.image_encoder, "reduced_precision", True)):
-                embeddings, input_sizes = encode_images(self.sam, photos, transform)
-            yield from zip(embeddings.float().split(1), input_sizes, strict=True)
+                embeddings = encode_resized(self.sam, chosen)
+            yield embeddings.float()
 
     def _decode(self, embedding: Tensor, image_pe: Tensor, coords: Tensor) -> DecodedTokens:
         sparse, dense = self._sparse(coords)
@@ -182,9 +213,10 @@ class PointDecoder:
         *columns, sizes = zip(*parts, strict=True)
         return DecodedTokens(*map(joined, columns), sizes[0])
 
-    def _upscale(
+    def _group_masks(
         self, group: tuple[Tensor, ...], group_size: int, embedding_size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        # of prompts one of whose masks is wanted: their indices (n,), IoU (n, 3) and what they are upscaled from
         index, iou, tokens, image = group
         fill = _filled(torch.arange(len(index), device=index.device), group_size)
 
@@ -195,7 +227,12 @@ class PointDecoder:
 
         with self._autocast():
             low_res = joined(in_chunks(upscale, group_size, group_size))
-        return index, low_res[: len(index)].float(), iou
+        wanted = self._wanted(iou)
+        return index[:, None].expand_as(iou)[wanted], low_res[: len(index)].float()[wanted], iou[wanted], len(index)
+
+
+def _joined(parts: list[DecodedGrid]) -> DecodedGrid:
+    return DecodedGrid(*map(joined, zip(*parts, strict=True)))
 
 
 def _filled(index: Tensor, size: int) -> Tensor:

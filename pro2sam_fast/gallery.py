@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,8 +14,9 @@ from .errors import ConfigError
 from .ops import pack_masks, popcount, unpack_masks
 from .ops.mask_measure import boxes_of_masks
 from .rle import coco_rle, mask_to_rle, packed_to_dense
+from .transfer import to_device, to_host
 
-__all__ = ["MaskGallery"]
+__all__ = ["MaskGallery", "galleries_to_host"]
 
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
@@ -84,7 +86,11 @@ class MaskGallery:
     @classmethod
     def empty(cls, size: tuple[int, int], device: torch.device | str = "cpu") -> MaskGallery:
         """A gallery without masks for an image of ``size`` (H, W)."""
-        return cls.from_dense(torch.zeros(0, *size, dtype=torch.bool, device=device))
+        h, w = size
+        shapes = [(h, -(-w // 64)), (4,), (), (), (), (2,), (4,)]
+        kinds = [torch.int64, torch.int64, torch.int64, torch.float32, torch.float32, torch.float64, torch.int64]
+        tensors = (torch.empty((0, *tail), dtype=kind, device=device) for tail, kind in zip(shapes, kinds, strict=True))
+        return cls(size, *tensors)
 
     @classmethod
     def cat(cls, galleries: Sequence[MaskGallery]) -> MaskGallery:
@@ -113,8 +119,12 @@ class MaskGallery:
         if not isinstance(index, (Tensor, slice)):
             index = torch.as_tensor(index, dtype=None if len(index) else torch.int64)
         if isinstance(index, Tensor):
-            index = index.to(self.device)
-        return type(self)(self.size, *(getattr(self, field.name)[index] for field in fields(self)[1:]))
+            index = to_device(index, self.device)
+        return type(self)(self.size, *(tensor[index] for tensor in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in their order."""
+        return [getattr(self, field.name) for field in fields(self)[1:]]
 
     def dense(self) -> Tensor:
         """The masks as bool (K, H, W)."""
@@ -126,7 +136,9 @@ class MaskGallery:
 
     def to(self, device: torch.device | str) -> MaskGallery:
         """The gallery with all its tensors on ``device``."""
-        return type(self)(self.size, *(getattr(self, field.name).to(device) for field in fields(self)[1:]))
+        if torch.device(device).type == "cpu":
+            return galleries_to_host([self])[0]
+        return type(self)(self.size, *(tensor.to(device) for tensor in self.tensors()))
 
     def to_records(self, output_mode: str = "binary_mask") -> list[dict[str, Any]]:
         """One dict a mask, with the keys, order, values and types of `segment_anything`'s mask generator.
@@ -164,6 +176,12 @@ class MaskGallery:
             }
             for mask, area, box, iou, point, stability, crop in columns
         ]
+
+
+def galleries_to_host(galleries: Sequence[MaskGallery]) -> list[MaskGallery]:
+    """Galleries with all their tensors on the host, see :func:`pro2sam_fast.transfer.to_host`."""
+    tensors = iter(to_host([tensor for gallery in galleries for tensor in gallery.tensors()]))
+    return [MaskGallery(g.size, *itertools.islice(tensors, len(g.tensors()))) for g in galleries]
 
 
 def _xywh(boxes: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -11,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding import PointDecoder
+from . import ops
+from .background import in_background
+from .decoding import DecodedMasks, PointDecoder
 from .errors import ConfigError
 from .gallery import MaskGallery
 from .memory import in_chunks, items_per_chunk, joined
@@ -20,6 +25,8 @@ from .ops import mask_clean, mask_pack, popcount
 from .ops.mask_measure import boxes_of_packed
 from .ops.packing import words_per_row
 from .postprocess import Frame, nms, score_masks, select
+from .predictor import photos_per_pass
+from .transfer import Reading, Upload, queues, to_device
 from .transforms import ResizeLongestSide, check_rgb
 
 __all__ = ["MaskGenerator", "crop_boxes", "point_grid"]
@@ -68,6 +75,13 @@ def crop_boxes(
     return boxes
 
 
+class _Crop(NamedTuple):
+    """Where a crop is, and which of the grids it gets."""
+
+    frame: Frame
+    layer: int
+
+
 class _Candidates(NamedTuple):
     """K masks before they are written at full resolution: logits (K, 4e, 4e), IoU (K,), points (K, 2) float64."""
 
@@ -93,8 +107,13 @@ class _Measured(NamedTuple):
     keep: Tensor
 
 
-def _drops_at_once(device: torch.device, points: int) -> bool:
-    return device.type == "cpu" or points > _POINTS_WITHOUT_WAITING
+def _drops(device: torch.device, points: int) -> bool:
+    return not queues(device) or points > _POINTS_WITHOUT_WAITING
+
+
+def _scaled(points: Tensor, x: float, y: float) -> Tensor:
+    # the factors don't have to be copied to the device
+    return torch.stack([points[:, 0] * x, points[:, 1] * y], dim=1)
 
 
 def _take(parts: list[Tensor], index: Tensor) -> Tensor | list[Tensor]:
@@ -189,13 +208,18 @@ class MaskGenerator:
         self.min_mask_region_area = _real("min_mask_region_area", min_mask_region_area, 0)
         self.dtype = _dtype(dtype)
         self._decoder = PointDecoder(self.sam, self.dtype, self.pred_iou_thresh)
+        self._grids: dict[tuple[int, torch.device], Tensor] = {}
 
     @torch.no_grad()
-    def generate(self, images: np.ndarray | Sequence[np.ndarray]) -> list[MaskGallery]:
+    def generate(
+        self, images: np.ndarray | Sequence[np.ndarray], prepared: Sequence[list[Upload] | None] = (None,)
+    ) -> list[MaskGallery]:
         """The galleries of photos of any sizes, in order.
 
         Args:
             images: list of RGB uint8 arrays (H, W, 3); a single array counts as a list of one.
+            prepared: what :meth:`prepare` made of each photo, if of all. Else that is done here, for a GPU in the
+                background.
 
         Raises:
             ImageReadError: an entry is not such an array; nothing has been computed then.
@@ -205,10 +229,23 @@ class MaskGenerator:
         images = [images] if isinstance(images, np.ndarray) and images.ndim != 4 else list(images)
         for i, image in enumerate(images):
             check_rgb(image, f"images[{i}]")
-        crops = [crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio) for image in images]
-        views = (image[y0:y1, x0:x1] for image, boxes in zip(images, crops) for x0, y0, x1, y1, _ in boxes)
-        encoded = self._decoder.encode(views, self.transform)
-        return [self._generate(image.shape[:2], boxes, encoded) for image, boxes in zip(images, crops)]
+        crops = [self._crops(image.shape[:2]) for image in images]
+        if None in prepared:
+            views = ((image, crop) for image, own in zip(images, crops) for crop in own)
+            device = self.sam.device
+            ahead = photos_per_pass(device) if queues(device) else 0
+            photos = in_background(lambda view: self._resized(*view), views, ahead)
+        else:
+            photos = itertools.chain.from_iterable(prepared)
+        return self._galleries(crops, self._decoder.encode(photos))
+
+    def prepare(self, image: np.ndarray) -> list[Upload]:
+        """A photo's crops as the image encoder takes them, on their way to the device. May be called in any thread."""
+        return [self._resized(image, crop) for crop in self._crops(image.shape[:2])]
+
+    def _resized(self, image: np.ndarray, crop: _Crop) -> Upload:
+        x0, y0, x1, y1 = crop.frame.crop_box
+        return Upload(torch.from_numpy(self.transform.apply_image(image[y0:y1, x0:x1])), self.sam.device)
 
     @torch.no_grad()
     def generate_from_embeddings(
@@ -233,62 +270,109 @@ class MaskGenerator:
             raise ConfigError(f"embeddings of {shape[0]} images must be a tensor of shape {shape}, got {found}.")
         if not embeddings.is_floating_point() or not bool(embeddings.isfinite().all()):
             raise ConfigError("embeddings must be finite floating-point numbers.")
-        galleries = []
-        for embedding, size in zip(embeddings.to(self.sam.device, torch.float32), original_sizes, strict=True):
+        for size in original_sizes:
             if len(size) != 2 or any(not isinstance(n, Integral) or n < 1 for n in size):
                 raise ConfigError(f"original_sizes must be pairs (H, W) of positive integers, got {size!r}.")
-            h, w = (int(n) for n in size)
-            input_size = self.transform.get_preprocess_shape(h, w, self.transform.target_length)
-            frame = Frame(self.transform.target_length, input_size, (0, 0, w, h), (h, w))
-            galleries.append(self._finish([self._crop_gallery(embedding.unsqueeze(0), frame, layer=0)]))
+        embeddings = embeddings.to(self.sam.device, torch.float32)
+        passes = embeddings.split(photos_per_pass(embeddings.device)) if len(embeddings) else ()
+        return self._galleries([self._crops(size) for size in original_sizes], passes)
+
+    def _crops(self, image_size: Sequence[int]) -> list[_Crop]:
+        h, w = (int(n) for n in image_size)
+        crops = []
+        for x0, y0, x1, y1, layer in crop_boxes((h, w), self.crop_n_layers, self.crop_overlap_ratio):
+            input_size = self.transform.get_preprocess_shape(y1 - y0, x1 - x0, self.transform.target_length)
+            crops.append(_Crop(Frame(self.transform.target_length, input_size, (x0, y0, x1, y1), (h, w)), layer))
+        return crops
+
+    def _galleries(self, crops: Sequence[list[_Crop]], passes: Iterable[Tensor]) -> list[MaskGallery]:
+        """The galleries of images with these crops, whose embeddings come in passes (B, D, e, e)."""
+        waiting, numbers = itertools.chain.from_iterable(crops), deque(map(len, crops))
+        galleries, found = [], []
+        for embeddings in passes:
+            chosen = list(itertools.islice(waiting, len(embeddings)))
+
+            def decode(start: int, stop: int, e=embeddings, c=chosen) -> list[MaskGallery]:
+                return self._crop_galleries(e[start:stop], c[start:stop])
+
+            found += itertools.chain.from_iterable(in_chunks(decode, len(chosen), len(chosen)))
+            whole = []
+            while numbers and len(found) >= numbers[0]:
+                count = numbers.popleft()
+                whole.append(MaskGallery.cat(found[:count]))
+                del found[:count]
+            galleries += self._finish(whole)
         return galleries
 
-    def _generate(
-        self,
-        image_size: tuple[int, int],
-        boxes: list[tuple[int, int, int, int, int]],
-        encoded: Iterator[tuple[Tensor, tuple[int, int]]],
-    ) -> MaskGallery:
-        """Takes as many embeddings as there are crops."""
-        crops = []
-        for (x0, y0, x1, y1, layer), (embedding, input_size) in zip(boxes, encoded):
-            frame = Frame(self.transform.target_length, input_size, (x0, y0, x1, y1), image_size)
-            crops.append(self._crop_gallery(embedding, frame, layer))
-        return self._finish(crops)
+    def _points(self, layer: int, device: torch.device) -> Tensor:
+        """The grid of a layer on the device, in [0, 1]; copied there once."""
+        if (layer, device) not in self._grids:
+            self._grids[layer, device] = torch.from_numpy(self.point_grids[layer]).to(device)
+        return self._grids[layer, device]
 
-    def _crop_gallery(self, embedding: Tensor, frame: Frame, layer: int) -> MaskGallery:
-        h, w = frame.crop_size
-        points = self.point_grids[layer] * np.array([[w, h]])
-        coords = self.transform.apply_coords(points, (h, w))
-        device = embedding.device
-        points, coords = (torch.from_numpy(x).to(device, non_blocking=True) for x in (points, coords))
-        drop = _drops_at_once(device, len(points))
-        measured = [self._measure(batch, frame, drop) for batch in self._batches(embedding, points, coords)]
-        if not measured:
-            return MaskGallery.empty(frame.image_size, device)
+    def _batch_size(self, device: torch.device) -> int:
+        if self.points_per_batch != "auto":
+            return self.points_per_batch
+        return _AUTO_POINTS_PER_BATCH.get(device.type, _AUTO_POINTS_PER_BATCH_ELSEWHERE)
+
+    def _crop_galleries(self, embeddings: Tensor, crops: list[_Crop], wide: bool = False) -> list[MaskGallery]:
+        """Of crops of any images, (B, D, e, e), all in one go."""
+        device = embeddings.device
+        points, coords = [], []
+        for frame, layer in crops:
+            h, w = frame.crop_size
+            points.append(_scaled(self._points(layer, device), w, h))
+            coords.append(_scaled(points[-1], frame.input_size[1] / w, frame.input_size[0] / h))
+        size = self._batch_size(device)
+        decoded = self._decoder(embeddings, coords, size, wide)
+        found = {
+            i: self._measured(self._batches(parts, points[i], size), crops[i].frame, _drops(device, len(points[i])))
+            for i, parts in itertools.groupby(decoded, key=lambda part: part.image)
+        }
+        chosen = {i: select(x.keep, x.boxes, x.iou, self.box_nms_thresh) for i, (x, _) in found.items()}
+        numbers = [n for i, (_, void) in found.items() for n in (chosen[i][1], void.long())]
+        numbers = Reading(torch.stack(numbers)).result().tolist() if found else []
+        counts, void = (dict(zip(found, part, strict=True)) for part in (numbers[::2], numbers[1::2]))
+        again = [i for i in found if void[i] and self._decoder.narrow and not wide]
+        boxes = to_device(torch.tensor([crop.frame.crop_box for crop in crops]), device)
+        galleries = [
+            self._write(found.pop(i)[0], chosen[i][0][: counts[i]], frame, boxes[i])
+            if counts.get(i) and i not in again
+            else MaskGallery.empty(frame.image_size, device)
+            for i, (frame, _) in enumerate(crops)
+        ]
+        if again:
+            warnings.warn("numbers beyond float16: masks are decoded with bfloat16", RuntimeWarning, stacklevel=2)
+            parts = torch.cat([embeddings[i : i + 1] for i in again]), [crops[i] for i in again]
+            for i, gallery in zip(again, self._crop_galleries(*parts, wide=True), strict=True):
+                galleries[i] = gallery
+        return galleries
+
+    def _candidates(self, embedding: Tensor, coords: Tensor) -> Iterator[_Candidates]:
+        """Of one image, (1, D, e, e), whose points are given in the input frame, (G, 2)."""
+        size = self._batch_size(embedding.device)
+        return self._batches(self._decoder(embedding, [coords], size), coords, size)
+
+    def _batches(self, parts: Iterable[DecodedMasks], points: Tensor, size: int) -> Iterator[_Candidates]:
+        waiting: list[_Candidates] = []
+        prompts = 0
+        for part in parts:
+            waiting.append(_Candidates(part.logits, part.iou, points[part.prompts]))
+            prompts += part.alive
+            if prompts >= size:
+                yield _joined(waiting)
+                waiting, prompts = [], 0
+        if waiting:
+            yield _joined(waiting)
+
+    def _measured(self, batches: Iterable[_Candidates], frame: Frame, drop: bool) -> tuple[_Measured, Tensor]:
+        """All masks of a crop, and whether an IoU is NaN, bool ()."""
+        measured, void = [], []
+        for batch in batches:
+            measured.append(self._measure(batch, frame, drop))
+            void.append(batch.iou.isnan().any())
         low_res, *columns = zip(*measured, strict=True)
-        iou, points, stability, boxes, areas, keep = map(joined, columns)
-        index = select(keep, boxes, iou, self.box_nms_thresh)
-        if not len(index):
-            return MaskGallery.empty(frame.image_size, device)
-        del measured
-        low_res = _take(list(low_res), index)
-        return self._write(_Measured(low_res, *(x[index] for x in (iou, points, stability, boxes, areas, keep))), frame)
-
-    def _batches(self, embedding: Tensor, points: Tensor, coords: Tensor) -> Iterator[_Candidates]:
-        size = self.points_per_batch
-        if size == "auto":
-            size = _AUTO_POINTS_PER_BATCH.get(embedding.device.type, _AUTO_POINTS_PER_BATCH_ELSEWHERE)
-        parts: list[_Candidates] = []
-        waiting = 0
-        for index, low_res, iou, prompts in self._decoder(embedding, coords, size):
-            parts.append(_Candidates(low_res, iou, points[index]))
-            waiting += prompts
-            if waiting >= size:
-                yield _joined(parts)
-                parts, waiting = [], 0
-        if parts:
-            yield _joined(parts)
+        return _Measured(list(low_res), *map(joined, columns)), torch.stack(void).any()
 
     def _measure(self, batch: _Candidates, frame: Frame, drop: bool) -> _Measured:
         # `drop`: masks that don't pass the filters are left out, for whose number the device is waited for
@@ -303,13 +387,16 @@ class MaskGenerator:
         parts = in_chunks(measure, len(batch.iou), len(batch.iou)) or [measure(0, 0)]
         return _Measured(*map(joined, zip(*parts, strict=True)))
 
-    def _write(self, found: _Measured, frame: Frame) -> MaskGallery:
-        x0, y0, x1, y1 = frame.crop_box
+    def _write(self, found: _Measured, index: Tensor, frame: Frame, crop_box: Tensor) -> MaskGallery:
+        """The masks at ``index`` (K,); logits of others are let go. ``crop_box``: that of the frame, int64 (4,)."""
+        x0, y0, _, _ = frame.crop_box
         h, w = frame.image_size
-        masks = found.boxes.new_empty((len(found.low_res), h, words_per_row(w)))
+        low_res = _take(found.low_res, index)
+        iou, points, stability, boxes, areas = (x[index] for x in found[1:6])
+        masks = boxes.new_empty((len(index), h, words_per_row(w)))
 
         def write(start: int, stop: int) -> None:
-            part = found.low_res[start:stop]
+            part = low_res[start:stop]
             masks[start:stop] = mask_pack(
                 part if isinstance(part, Tensor) else torch.stack(part),
                 frame.img_size,
@@ -320,29 +407,32 @@ class MaskGenerator:
                 (y0, x0),
             )
 
-        gathered = isinstance(found.low_res, Tensor)
-        size = len(masks) if gathered else items_per_chunk(_PART_FOR_LOGITS * found.low_res[0].nbytes)
-        in_chunks(write, len(masks), size)
+        gathered = isinstance(low_res, Tensor)
+        in_chunks(write, len(masks), len(masks) if gathered else items_per_chunk(_PART_FOR_LOGITS * low_res[0].nbytes))
         return MaskGallery(
             size=frame.image_size,
             masks=masks,
-            boxes=found.boxes + found.boxes.new_tensor([x0, y0, x0, y0]),
-            areas=found.areas,
-            predicted_iou=found.iou,
-            stability=found.stability,
-            points=found.points + found.points.new_tensor([x0, y0]),
-            crop_boxes=found.boxes.new_tensor([[x0, y0, x1, y1]]).expand(len(found.iou), 4),
+            boxes=boxes + crop_box[:2].repeat(2),
+            areas=areas,
+            predicted_iou=iou,
+            stability=stability,
+            points=points + crop_box[:2],
+            crop_boxes=crop_box.expand(len(index), 4),
         )
 
-    def _finish(self, crops: list[MaskGallery]) -> MaskGallery:
-        gallery = MaskGallery.cat(crops)
-        if len(crops) > 1:
-            # smaller crops first
-            x0, y0, x1, y1 = gallery.crop_boxes.unbind(1)
-            gallery = gallery.select(nms(gallery.boxes, 1 / ((x1 - x0) * (y1 - y0)), self.crop_nms_thresh))
+    def _finish(self, galleries: list[MaskGallery]) -> list[MaskGallery]:
+        """Of the masks of images' crops those that stay."""
+        if self.crop_n_layers and galleries:
+            kept = []
+            for gallery in galleries:
+                # smaller crops first
+                x0, y0, x1, y1 = gallery.crop_boxes.unbind(1)
+                kept.append(ops.nms(gallery.boxes.float(), 1 / ((x1 - x0) * (y1 - y0)), self.crop_nms_thresh))
+            counts = Reading(torch.stack([count for _, count in kept])).result().tolist()
+            galleries = [x.select(index[:n]) for x, (index, _), n in zip(galleries, kept, counts, strict=True)]
         if self.min_mask_region_area > 0:
-            gallery = self._clean(gallery)
-        return gallery
+            galleries = [self._clean(gallery) for gallery in galleries]
+        return galleries
 
     def _clean(self, gallery: MaskGallery) -> MaskGallery:
         """Removes small regions; masks that had any give way to equal ones that had none."""

@@ -24,15 +24,14 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms
 
+from .background import in_background
 from .errors import ImageReadError
 
 __all__ = [
@@ -158,36 +157,28 @@ def iter_sources(source) -> Iterator[Source]:
 
 
 def read_sources(
-    sources: Iterable[Source], max_pixels: int | None = MAX_PIXELS, ahead: int = 0, readers: int = 4
-) -> Iterator[tuple[Source, np.ndarray | ImageReadError, float]]:
-    """Reads photos in order: each source with its photo, or why it can't be read, and the milliseconds that took.
+    sources: Iterable[Source],
+    max_pixels: int | None = MAX_PIXELS,
+    ahead: int = 0,
+    then: Callable[[np.ndarray], object] = lambda image: image,
+) -> Iterator[tuple[Source, object, float]]:
+    """Reads photos in order: each source with its photo, or the ImageReadError that says why it can't be read, and the
+    milliseconds that took.
 
-    ahead: photos read in the background, `readers` at a time, while the caller works on those before; 0 reads a photo
-        when it is asked for.
+    ahead: photos read in the background while the caller works on those before; 0 reads a photo when it is asked for.
+    then: what is done with a photo next, in the background too; its result takes the photo's place.
     """
 
-    def read(source: Source) -> tuple[Source, np.ndarray | ImageReadError, float]:
+    def read(source: Source) -> tuple[Source, object, float]:
         start = time.perf_counter()
         try:
             image = source.read(max_pixels)
         except ImageReadError as error:
-            image = error
-        return source, image, 1e3 * (time.perf_counter() - start)
+            return source, error, 1e3 * (time.perf_counter() - start)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        return source, then(image), milliseconds
 
-    if ahead == 0:
-        yield from map(read, sources)
-        return
-    waiting: deque[Future] = deque()
-    pool = ThreadPoolExecutor(min(readers, ahead), thread_name_prefix="pro2sam-read")
-    try:
-        for source in sources:
-            waiting.append(pool.submit(read, source))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    yield from in_background(read, sources, ahead)
 
 
 def _top_level(source) -> Iterable:

@@ -131,17 +131,17 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return keep[: int(kept)]
 
 
-def select(keep: Tensor, boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """:func:`nms` among the boxes kept so far; waits for the device only for the number of the result.
+def select(keep: Tensor, boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """:func:`nms` among the boxes kept so far, without waiting for the device.
 
     Args:
         keep: bool (K,).
         boxes, scores, iou_threshold: as for :func:`nms`.
 
     Returns:
-        int64 (k,): indices of the boxes kept, in the order of the visit.
+        int64 (K,): indices of the boxes kept, in the order of the visit, then any others; int64 (): their number.
     """
     index, count = ops.compact(keep)
     index = index.clamp(min=0)
     visited, kept = ops.nms(boxes[index].float(), scores[index], iou_threshold, count)
-    return index[visited[: int(kept)]]
+    return index[visited], kept

@@ -13,9 +13,10 @@ from .memory import in_chunks, joined
 from .models.sam import PromptDecoder, Sam
 from .ops import mask_pack, unpack_masks
 from .postprocess import upsample_logits
+from .transfer import Upload
 from .transforms import ResizeLongestSide, check_rgb
 
-__all__ = ["ImageNotSetError", "SamPredictor", "encode_image", "encode_images", "photos_per_pass"]
+__all__ = ["ImageNotSetError", "SamPredictor", "encode_image", "encode_images", "encode_resized", "photos_per_pass"]
 
 
 class ImageNotSetError(Pro2SamError, RuntimeError):
@@ -39,25 +40,24 @@ def encode_images(
     sam: Sam, images: Sequence[np.ndarray], transform: ResizeLongestSide
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """One or more photos RGB uint8 (H, W, 3) of any sizes -> embeddings (B, D, e, e) and the (h, w) of each in the
-    input frame, `photos_per_pass` at a time.
-
-    Photos are resized on the host, in integers; a GPU gets their bytes from pinned memory and normalises and pads them.
-    """
+    input frame, `photos_per_pass` at a time."""
     resized = [transform.apply_image(image) for image in images]
-
-    def encode(start: int, stop: int) -> Tensor:
-        pixels = [_on_device(image, sam.device).permute(2, 0, 1) for image in resized[start:stop]]
-        return sam.image_encoder(joined([sam.preprocess(x).unsqueeze(0) for x in pixels]))
-
-    embeddings = joined(in_chunks(encode, len(resized), photos_per_pass(sam.device)))
+    embeddings = encode_resized(sam, [Upload(torch.from_numpy(image), sam.device) for image in resized])
     return embeddings, [tuple(image.shape[:2]) for image in resized]
 
 
-def _on_device(image: np.ndarray, device: torch.device) -> Tensor:
-    pixels = torch.from_numpy(image)
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()
-    return pixels.to(device, non_blocking=True)
+@torch.no_grad()
+def encode_resized(sam: Sam, photos: Sequence[Upload]) -> Tensor:
+    """Photos RGB uint8 (h, w, 3), resized to the input frame -> embeddings (B, D, e, e), `photos_per_pass` at a time.
+
+    Resizing is exact on the host only; normalising and padding are left to the device.
+    """
+
+    def encode(start: int, stop: int) -> Tensor:
+        pixels = [photo.result().permute(2, 0, 1) for photo in photos[start:stop]]
+        return sam.image_encoder(joined([sam.preprocess(x).unsqueeze(0) for x in pixels]))
+
+    return joined(in_chunks(encode, len(photos), photos_per_pass(sam.device)))
 
 
 class SamPredictor:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pro2sam_fast import api
 from pro2sam_fast.api import load, localize, option_names
 from pro2sam_fast.errors import BackendError, CheckpointError, ConfigError, ImageReadError, Pro2SamError
 from pro2sam_fast.gallery import MaskGallery
+from pro2sam_fast.generator import MaskGenerator
 from pro2sam_fast.models.gtformer import GTFormer, build_gtformer
 from pro2sam_fast.models.lite import WEIGHTS, LabelHead, LiteModel, make_gtformer_lite, make_sam_lite, save_lite
 from pro2sam_fast.models.trunk import EfficientNetLite0
@@ -182,11 +184,47 @@ def test_inputs_are_not_modified(localizer, folder):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("case", [{}, {"sam_input": 50}, {"generator": {"crop_n_layers": 1}}])
+@pytest.mark.parametrize("short", [False, True])
+def test_photos_are_prepared_in_the_background(folder, monkeypatch, case, short):
+    """As on a GPU, two photos a pass."""
+    options = dict(case)
+    torch.manual_seed(0)
+    classifier = PhotoNet(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten()), size=32)
+    everything = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
+    generator = {"points_per_side": 4, **everything, **options.pop("generator", {})}
+    options |= {"generator": generator, "matching": {"drop_full_frame": False}, "device": "cpu"}
+    localizer = Localizer(toy.ColorMap(), toy.tiny_sam(), classifier=classifier, **options)
+    expected = localizer(folder, on_error="skip", batch_size=3)
+    threads, prepare = set(), MaskGenerator.prepare
+
+    def noted(self, image):
+        threads.add(threading.current_thread().name.rpartition("_")[0])
+        if short:
+            raise MemoryError
+        return prepare(self, image)
+
+    monkeypatch.setattr(MaskGenerator, "prepare", noted)
+    for module in ("decoding", "generator", "pipelines.pro2sam"):
+        monkeypatch.setattr(f"pro2sam_fast.{module}.queues", lambda device: True)
+    for module in ("decoding", "generator"):
+        monkeypatch.setattr(f"pro2sam_fast.{module}.photos_per_pass", lambda device: 2)
+    found = localizer(folder, on_error="skip", batch_size=3)
+    assert threads == {"pro2sam"} and [result.error is None for result in found] == [True, True, False, True, True]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.box, a.label, a.label_score, a.score, a.source) == (b.box, b.label, b.label_score, b.score, b.source)
+        if a.error is None:
+            np.testing.assert_array_equal(a.mask, b.mask)
+            np.testing.assert_array_equal(a.coarse, b.coarse)
+            assert torch.equal(a.candidates.masks, b.candidates.masks) and len(a.candidates) > 1
+            assert torch.equal(a.candidates.points, b.candidates.points)
+
+
 def test_batches_shrink_where_memory_ends(monkeypatch):
     localizer = toy.toy_localizer()
     tried = []
 
-    def scarce(images, whole=localizer.localize_batch):
+    def scarce(images, *prepared, whole=localizer.localize_batch):
         tried.append(len(images))
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -204,7 +242,7 @@ def test_batches_shrink_where_memory_ends(monkeypatch):
 def test_a_photo_that_does_not_fit_the_memory_does_not_take_its_batch_along(monkeypatch, batch_size):
     localizer = toy.toy_localizer()
 
-    def scarce(images, whole=localizer.localize_batch):
+    def scarce(images, *prepared, whole=localizer.localize_batch):
         if sum(image.size for image in images) > 3 * 60 * 90:
             torch.empty(1 << 60, dtype=torch.uint8)
         return whole(images)

@@ -46,7 +46,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(api, "load", load)
     monkeypatch.setattr(api, "load_sam", lambda *args: (toy.tiny_sam(), {"points_per_side": 2}))
-    monkeypatch.setattr(MaskGenerator, "generate", lambda self, images: toy.BrightRegions().generate(images))
+    monkeypatch.setattr(MaskGenerator, "generate", lambda self, images, prepared: toy.BrightRegions().generate(images))
     return calls
 
 
@@ -428,7 +428,11 @@ def records_of_whole_lines(log):
 # segment everything
 
 
-def test_masks(run, photos, tmp_path):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_masks(run, photos, tmp_path, monkeypatch, ahead):
+    if ahead:  # as on a GPU: photos read and prepared in the background, some in one go
+        monkeypatch.setattr("pro2sam_fast.transfer.queues", lambda device: True)
+        monkeypatch.setattr("pro2sam_fast.predictor.photos_per_pass", lambda device: 2)
     make_bad(photos)
     assert run("masks", photos) == 1
     out = tmp_path / "out"
@@ -446,6 +450,24 @@ def test_masks(run, photos, tmp_path):
     assert len(records(out, "masks.jsonl")) == 6
     assert run("masks", photos, "--on-error", "raise", "--no-overlay", out="other") == 1
     assert len(records(tmp_path / "other", "masks.jsonl")) == 2 and not (tmp_path / "other" / "galleries").exists()
+
+
+def test_masks_goes_on_in_halves_where_memory_ends(run, photos, tmp_path, monkeypatch):
+    generate, tried = MaskGenerator.generate, []
+
+    def scarce(self, images, prepared):
+        tried.append([image.shape for image in images])
+        if len(images) > 1 or images[0].shape[0] > 60:
+            raise MemoryError
+        return generate(self, images, prepared)
+
+    Image.fromarray(toy.painted(61, 90)).save(photos / "aa.png")
+    monkeypatch.setattr(MaskGenerator, "generate", scarce)
+    monkeypatch.setattr("pro2sam_fast.predictor.photos_per_pass", lambda device: 4)
+    assert run("masks", photos) == 1
+    found = records(tmp_path / "out", "masks.jsonl")
+    assert [record["masks"] is None for record in found] == [False, True, False, False]
+    assert "memory" in found[1]["error"] and [len(shapes) for shapes in tried] == [4, 2, 1, 1, 2, 1, 1]
 
 
 def test_masks_of_a_photo_without_any(run, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pro2sam_fast.decoding import PointDecoder
-from pro2sam_fast.decoding_ahead import OutOfRangeError, masks_ahead
+from pro2sam_fast.decoding_ahead import masks_ahead
+from pro2sam_fast.generator import MaskGenerator
 from pro2sam_fast.models.sam.grid_decoder import GridDecoder
 from pro2sam_fast.models.sam.lite import make_sam_lite
 from pro2sam_fast.testing import BackendCase
@@ -53,6 +54,10 @@ def decoder(sam, dtype, threshold=-1.0, backend="auto"):
     return made
 
 
+def ahead(made, image, coords, size, grid=None):
+    return [part[1:] for part in made._decode_ahead(grid or made._grid, image, [coords], size)]
+
+
 def collected(batches):
     columns = list(zip(*batches, strict=True))
     return (*(torch.cat(column).cpu() for column in columns[:3]), sum(columns[3]))
@@ -66,7 +71,7 @@ def test_the_masks_of_the_grid_decoder_in_their_order(sam):
     plain = decoder(sam, torch.float32, float(iou.quantile(0.6)))
     expected = collected(plain._decode_grid(embedding(), coords, 16))
     for size in (16, 7, 100):
-        actual = collected(plain._decode_ahead(embedding(), coords, size))
+        actual = collected(ahead(plain, embedding(), coords, size))
         assert actual[3] == expected[3]
         assert all(torch.equal(a, b) for a, b in zip(actual[:3], expected[:3], strict=True))
     assert 0 < len(expected[0]) < iou.numel()
@@ -80,8 +85,8 @@ def test_the_whole_chain(there, backend, dtype, most):
     if backend.device == "cuda" and dtype == "float32":
         pytest.skip("the Triton kernels take operands of 16 bits on a GPU")
     image, coords = embedding().to(backend.device), points(5).to(backend.device)
-    expected = collected(decoder(there, torch.float32, backend="reference")._decode_ahead(image, coords, 16))
-    actual = collected(decoder(there, getattr(torch, dtype), backend=backend.backend)._decode_ahead(image, coords, 3))
+    expected = collected(ahead(decoder(there, torch.float32, backend="reference"), image, coords, 16))
+    actual = collected(ahead(decoder(there, getattr(torch, dtype), backend=backend.backend), image, coords, 3))
     assert torch.equal(actual[0], expected[0]) and actual[3] == expected[3] == 5
     for a, b in zip(actual[1:3], expected[1:3], strict=True):
         assert float((a - b).norm() / b.norm()) < most
@@ -106,14 +111,18 @@ def test_prompts_of_several_images(there, backend):
 
 
 @torch.no_grad()
-def test_numbers_beyond_float16_are_decoded_with_bfloat16(sam):
+def test_numbers_beyond_float16_are_told(sam):
     if BackendCase("triton", "cpu").problem:
         pytest.skip(BackendCase("triton", "cpu").problem)
-    coords, large = points(3), embedding() * 1e5
-    with pytest.warns(RuntimeWarning, match="beyond float16"):
-        actual = collected(decoder(sam, torch.float16, backend="triton")._decode_ahead(large, coords, 2))
-    expected = collected(decoder(sam, torch.bfloat16, backend="triton")._decode_ahead(large, coords, 2))
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    coords, both = points(3), torch.cat([embedding(), embedding() * 1e5])
+    made = decoder(sam, torch.float16, 0.5, backend="triton")
+    assert made.narrow
+    for part in made._decode_ahead(made._grid, both, [coords, coords], 2):
+        assert bool(part.iou.isnan().all()) == bool(part.image)
+    everything = decoder(sam, torch.bfloat16, backend="triton")
+    wide = collected(ahead(everything, both[1:], coords, 2, made._wide_grid))
+    expected = collected(ahead(everything, both[1:], coords, 2))
+    assert torch.equal(wide[0], expected[0]) and torch.equal(wide[1], expected[1])
 
 
 @torch.no_grad()
@@ -129,7 +138,7 @@ def test_a_constant_beyond_float16(sam):
 
 
 @torch.no_grad()
-def test_logits_that_are_no_numbers_are_not_given(sam, monkeypatch):
+def test_logits_that_are_no_numbers_are_told(sam, monkeypatch):
     grid = GridDecoder(sam)
     bases = grid.bases(embedding())
     decoded = grid.tokens(bases, torch.zeros(2, 2, 256))
@@ -142,18 +151,19 @@ def test_logits_that_are_no_numbers_are_not_given(sam, monkeypatch):
         logits[1, 3, 3] = float("nan")
         return logits, *others
 
-    assert len(list(masks_ahead(grid, bases, decoded, keep, 2))) == 1
+    (whole,) = masks_ahead(grid, bases, decoded, keep, [(0, 2)])
+    assert not whole.iou.isnan().any() and whole.alive == 2
     monkeypatch.setattr(GridDecoder, "upscale_padded", broken)
-    with pytest.raises(OutOfRangeError):
-        list(masks_ahead(grid, bases, decoded, keep, 2))
+    (whole,) = masks_ahead(grid, bases, decoded, keep, [(0, 2)])
+    assert whole.iou.isnan().tolist() == [False, True]
 
 
 @torch.no_grad()
 def test_nothing_is_wanted(sam):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert list(decoder(sam, torch.float32, 1e9)._decode_ahead(embedding(), points(5), 2)) == []
-        assert list(decoder(sam, torch.float32)._decode_ahead(embedding(), points(0), 2)) == []
+        assert ahead(decoder(sam, torch.float32, 1e9), embedding(), points(5), 2) == []
+        assert ahead(decoder(sam, torch.float32), embedding(), points(0), 2) == []
 
 
 @pytest.mark.cuda
@@ -185,3 +195,26 @@ def test_tokens_and_masks_in_a_cuda_graph(sam):
     sam.to("cpu")
     assert torch.equal(captured[0], iou) and torch.equal(captured[2], index) and int(captured[3]) == int(count)
     assert torch.equal(captured[1][: int(count)], logits[: int(count)])
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_a_pass_of_photos_waits_for_nothing(sam):
+    """But for the numbers of masks, which come through an event; and a gallery doesn't depend on the other photos."""
+    if BackendCase("triton", "cuda").problem:
+        pytest.skip(BackendCase("triton", "cuda").problem)
+    options = {"points_per_side": 5, "pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "dtype": "float16"}
+    generator = MaskGenerator(sam.to("cuda"), **options, box_nms_thresh=1.0)
+    embeddings = embedding(3).cuda()
+    crops = [generator._crops(size)[0] for size in ((40, 64), (64, 64), (100, 30))]
+    alone = [generator._crop_galleries(embeddings[i : i + 1], crops[i : i + 1])[0].to("cpu") for i in range(3)]
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        together = generator._crop_galleries(embeddings, crops)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        sam.to("cpu")
+    for a, b in zip(alone, together, strict=True):
+        b = b.to("cpu")
+        assert len(a) == len(b) == 75 and not a.predicted_iou.isnan().any()
+        assert torch.equal(a.masks, b.masks) and torch.equal(a.predicted_iou, b.predicted_iou)

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from original import records, small_vit_sam
 from segment_anything.utils import amg
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pro2sam_fast import memory
+from pro2sam_fast.decoding import PointDecoder
 from pro2sam_fast.errors import ConfigError, ImageReadError
 from pro2sam_fast.gallery import MaskGallery
 from pro2sam_fast.generator import MaskGenerator, crop_boxes, point_grid
@@ -22,6 +24,7 @@ from pro2sam_fast.models.sam import DecodedTokens, GridDecoder, MaskDecoder, Sam
 from pro2sam_fast.models.sam.build import build_vit_sam, to_segment_anything
 from pro2sam_fast.ops import mask_measure, mask_pack
 from pro2sam_fast.ops.decode_sweeps import fast_operands
+from pro2sam_fast.transfer import Reading
 
 SIDE = 64
 GRID = 8
@@ -321,12 +324,107 @@ def test_independent_of_points_per_batch_and_of_the_other_photos(small_sam, poin
     assert all(same(gallery, alone[i]) for gallery, i in zip(together, chosen, strict=True))
 
 
-@pytest.mark.parametrize("points_per_batch", [3, "auto"])
-def test_filters_that_wait_for_nothing_keep_the_same(small_sam, monkeypatch, points_per_batch):
-    monkeypatch.setattr("pro2sam_fast.generator._drops_at_once", lambda *_: False)
+@pytest.fixture
+def in_passes(small_sam, monkeypatch):
+    """As on a GPU, three crops at a time."""
+    small_galleries(small_sam)  # not so
+    for module in ("decoding", "generator"):
+        monkeypatch.setattr(f"pro2sam_fast.{module}.queues", lambda device: True)
+        monkeypatch.setattr(f"pro2sam_fast.{module}.photos_per_pass", lambda device: 3)
+
+
+@pytest.mark.parametrize("points_per_batch", [3, "auto", 1000])
+def test_photos_of_a_pass_are_as_if_alone(small_sam, in_passes, points_per_batch):
     generator = MaskGenerator(small_sam, points_per_side=5, points_per_batch=points_per_batch, **SMALL)
-    galleries = [generator.generate(image)[0] for image in IMAGES]
+    galleries = generator.generate([*IMAGES, IMAGES[1]])
+    expected = small_galleries(small_sam)
+    assert all(map(same, galleries, [*expected, expected[1]]))
+
+
+def pass_of(small_sam, thresh, **options):
+    options = {**SMALL, "stability_score_thresh": 0.0, "box_nms_thresh": 0.9, "pred_iou_thresh": thresh, **options}
+    generator = MaskGenerator(small_sam, points_per_side=9, crop_n_points_downscale_factor=2, **options)
+    return generator.generate
+
+
+@pytest.mark.parametrize("crop_n_layers", [0, 1])
+def test_a_photo_of_a_pass_keeps_no_mask(small_sam, monkeypatch, crop_n_layers, request):
+    images = [IMAGES[0], IMAGES[2], photo(50, 61, seed=4), IMAGES[1]]
+    generate = pass_of(small_sam, 0.0, crop_n_layers=crop_n_layers)
+    best = [float(generate([image])[0].predicted_iou.max()) for image in images]
+    images = [images[i] for i in (1, int(np.argmin(best)), 3, 0, 2)]
+    generate = pass_of(small_sam, min(best), crop_n_layers=crop_n_layers)
+    alone = [generate([image])[0] for image in images]
+    assert 0 < sum(not len(gallery) for gallery in alone) < len(alone)
+    request.getfixturevalue("in_passes")
+    assert all(map(same, generate(images), alone))
+    # grids of several ranges, in several rounds, that wait for the filters
+    monkeypatch.setattr("pro2sam_fast.decoding._PROMPTS_AHEAD", 64)
+    monkeypatch.setattr("pro2sam_fast.decoding._RANGES_AHEAD", 2)
+    monkeypatch.setattr("pro2sam_fast.generator._POINTS_WITHOUT_WAITING", 50)
+    assert all(map(same, generate(images), alone))
+
+
+@pytest.mark.parametrize("options", [{}, {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}])
+def test_crops_of_several_photos_in_one_pass(in_passes, options):
+    options = {**LOOSE, "min_mask_region_area": 30, **options}
+    images = [photo(71, 96), photo(120, 50, seed=1), photo(30, 33), photo(40, 45, seed=2)]
+    theirs = [records(their_blob_sam(), image, points_per_batch=1000, **options) for image in images]
+    for found, wanted in zip(MaskGenerator(blob_sam(), **options).generate(images), theirs, strict=True):
+        assert_same_records(found.to_records(), wanted)
+
+
+def test_a_pass_waits_for_numbers_of_masks_only(small_sam, in_passes, monkeypatch):
+    waits, readings = [], []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.__name__
+            chosen_by_flags = "index" in name and any(
+                isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in (args[1] if len(args) > 1 else ()) or ()
+            )
+            if chosen_by_flags or name.startswith(("_local_scalar", "nonzero", "masked_select", "equal", "unique")):
+                waits.append(name)
+            return function(*args, **(kwargs or {}))
+
+    result = Reading.result
+    monkeypatch.setattr(Reading, "result", lambda self: readings.append(self) or result(self))
+    generator = MaskGenerator(small_sam, points_per_side=5, **SMALL, points_per_batch=100)
+    crops = [generator._crops(image.shape[:2])[0] for image in IMAGES]
+    (embeddings,) = generator._decoder.encode([generator.prepare(image)[0] for image in IMAGES])
+    if generator._decoder._grid is None:
+        pytest.skip("the decoder in groups of fixed size waits")
+    with torch.no_grad(), Waits():
+        galleries = generator._crop_galleries(embeddings, crops)
+    assert waits == [] and len(readings) == 2
     assert all(map(same, galleries, small_galleries(small_sam)))
+
+
+def test_only_photos_beyond_float16_are_decoded_again(small_sam, in_passes, monkeypatch):
+    call = PointDecoder.__call__
+    asked = []
+
+    def narrow(self, embeddings, coords, size, wide=False):
+        asked.append((len(embeddings), wide))
+        for part in call(self, embeddings, coords, size):
+            beyond = not wide and bool((embeddings[part.image] == second).all())
+            yield part._replace(iou=part.iou * torch.nan) if beyond else part
+
+    monkeypatch.setattr(PointDecoder, "__call__", narrow)
+    monkeypatch.setattr(PointDecoder, "narrow", True)
+    generator = MaskGenerator(small_sam, points_per_side=5, **SMALL)
+    second = next(generator._decoder.encode([generator.prepare(image)[0] for image in IMAGES]))[1]
+    with pytest.warns(RuntimeWarning, match="beyond float16") as told:
+        galleries = generator.generate(IMAGES)
+    assert asked == [(3, False), (1, True)] and len(told) == 1
+    assert all(map(same, galleries, small_galleries(small_sam)))
+
+
+def test_a_pass_goes_on_in_halves_where_memory_ends(small_sam, in_passes, monkeypatch):
+    limited, halved = scarce(MaskGenerator._crop_galleries, 1, lambda _, embeddings, crops: len(crops), "device")
+    monkeypatch.setattr(MaskGenerator, "_crop_galleries", limited)
+    galleries = MaskGenerator(small_sam, points_per_side=5, **SMALL).generate(IMAGES)
+    assert halved and all(map(same, galleries, small_galleries(small_sam)))
 
 
 @pytest.mark.cuda
@@ -459,7 +557,7 @@ def test_goes_on_in_halves_where_memory_ends(monkeypatch, error, most):
 def test_grids_go_on_in_halves_where_memory_ends(small_sam, monkeypatch):
     expected = MaskGenerator(small_sam, points_per_side=6, **SMALL).generate(IMAGES[0])[0]
     all_halved = []
-    for name, size in (("tokens", lambda _, bases, sparse: len(sparse)), ("upscale", lambda *args: len(args[-1]))):
+    for name, size in (("tokens", lambda *args: len(args[2])), ("upscale", lambda *args: len(args[-1]))):
         limited, halved = scarce(getattr(GridDecoder, name), 3, size, "allocator")
         monkeypatch.setattr(GridDecoder, name, limited)
         all_halved.append(halved)

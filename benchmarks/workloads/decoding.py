@@ -43,6 +43,15 @@ def cases(options: Options) -> Iterator[Case]:
                 functools.partial(decode_floor, options.dtype, points, 4096),
                 points in DEFAULT_POINTS[options.device.type] and (share < 1 or options.device.type == "cuda"),
             )
+    for batch in (1, 8):
+        yield Case(
+            "gallery",
+            f"G=1024 half of the points survive 1024x1024 batch={batch}",
+            options.dtype,
+            TESTS,
+            functools.partial(_gallery, options, 1024, batch),
+            default=options.device.type == "cuda",
+        )
 
 
 def decode_floor(dtype: str, points: int, pixels: int, facts: Mapping[str, object]) -> Floor:
@@ -69,13 +78,7 @@ def _build(options: Options, points: int, share: float) -> Runs:
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn((1, 256, 64, 64), generator=generator).to(options.device)
     coords = torch.from_numpy(point_grid(grid(points)) * 1024).to(options.device)
-    threshold, facts = 0.0, {"s": 1.0, "s_m": 1.0}
-    if share < 1:
-        with in_dtype(options):
-            iou = torch.cat([tokens.iou[:, 1:] for tokens in _tokens(model, embedding, coords)]).float()
-        threshold = iou.amax(1).quantile(1 - share).item()
-        facts = survivors(iou, threshold)
-    facts["pred_iou_thresh"] = round(threshold, 5)
+    threshold, facts = _threshold(options, model, embedding, coords, share)
     run = ours(options, model, embedding, coords, threshold)
     return Runs(
         {"auto": run},
@@ -93,6 +96,35 @@ PARTS = {
     "upscaling": (grid_decoder, "decode_upscale"),
     "bases": (grid_decoder.GridDecoder, "bases"),
 }
+
+
+def _threshold(
+    options: Options, model, embedding: Tensor, coords: Tensor, share: float
+) -> tuple[float, dict[str, float]]:
+    """The threshold that so many prompts survive, and what survives it."""
+    threshold, facts = 0.0, {"s": 1.0, "s_m": 1.0}
+    if share < 1:
+        with in_dtype(options):
+            iou = torch.cat([tokens.iou[:, 1:] for tokens in _tokens(model, embedding, coords)]).float()
+        threshold = iou.amax(1).quantile(1 - share).item()
+        facts = survivors(iou, threshold)
+    return threshold, {**facts, "pred_iou_thresh": round(threshold, 5)}
+
+
+def _gallery(options: Options, points: int, batch: int) -> Runs:
+    """From embeddings to galleries: all that `MaskGenerator` does but encoding. Random masks are unstable, so that
+    filter is off."""
+    model = sam("vit_b", options.device)
+    embeddings = torch.randn((batch, 256, 64, 64), generator=torch.Generator().manual_seed(0)).to(options.device)
+    coords = torch.from_numpy(point_grid(grid(points)) * 1024).to(options.device)
+    threshold, facts = _threshold(options, model, embeddings[:1], coords, 0.5)
+    generator = MaskGenerator(model, grid(points), pred_iou_thresh=threshold, stability_score_thresh=0.0,
+                              dtype=options.dtype)  # fmt: skip
+    sizes = [(1024, 1024)] * batch
+    facts["masks"] = len(generator.generate_from_embeddings(embeddings[:1], sizes[:1])[0])
+    return Runs(
+        {"auto": lambda: generator.generate_from_embeddings(embeddings, sizes)}, facts=facts, units=("photos", batch)
+    )
 
 
 def _stages(run: Callable[[], object], rounds: int = 5) -> dict[str, float]:
@@ -124,7 +156,7 @@ def _timed(function: Callable, part: str, spent: Counter[str]) -> Callable:
 def ours(options: Options, model, embedding: Tensor, coords: Tensor, threshold: float) -> Callable[[], object]:
     """Our decoder, as MaskGenerator runs it, its masks dropped as they come."""
     generator = MaskGenerator(model, pred_iou_thresh=threshold, dtype=options.dtype)
-    return _drained(torch.no_grad, lambda: generator._batches(embedding, coords, coords))
+    return _drained(torch.no_grad, lambda: generator._candidates(embedding, coords))
 
 
 def peers(options: Options, name: str, embedding: Tensor, coords: Tensor) -> dict[str, Callable[[], object] | Skip]:

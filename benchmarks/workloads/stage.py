@@ -187,7 +187,7 @@ def _postprocess(options: Options) -> Runs:
 def _nms(options: Options) -> Runs:
     generator, frame = _localizer(options.device).generator, _photo(options).frame
     low_res, iou = _survivors(options)
-    index, _, boxes = measure_masks(
+    index, _, boxes, _ = measure_masks(
         low_res,
         frame,
         generator.sam.mask_threshold,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from .. import __version__
-from ..errors import Pro2SamError
-from ..io import Source
+from ..errors import ImageReadError, Pro2SamError
+from ..io import Source, read_sources
 from ..writers import GalleryWriter
 from .parser import Parser, yes_no
 from .runs import (
@@ -28,6 +30,9 @@ from .runs import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from ..gallery import MaskGallery
     from ..generator import MaskGenerator
 
 __all__ = ["HELP", "parser", "run"]
@@ -69,11 +74,12 @@ def run(arguments: Namespace) -> int:
     options = chosen(arguments, GENERATOR_OPTIONS)
     limit = max_pixels(arguments)
 
-    from ..sharding import workers
+    from ..sharding import photos_at_a_time, workers
 
     where = devices(arguments)
+    size = 1 if where[0] == "cpu" else photos_at_a_time(where, "auto", len(sources))
     build = functools.partial(_build, model, options, limit, arguments.on_error)
-    with workers(build, where, 1) as (segmented, _):
+    with workers(build, where, size) as (segmented, _):
         writer = GalleryWriter(
             arguments.output,
             overlay=arguments.overlay,
@@ -105,20 +111,50 @@ def _build(model: dict[str, Any], options: dict[str, Any], limit: int | None, on
 
 def _segment(generator: MaskGenerator, limit: int | None, on_error: str, sources: Iterable[Source]) -> Iterator:
     """For each photo ((pixels, gallery, milliseconds), None), or (None, why there is no gallery)."""
+    from ..predictor import photos_per_pass
+    from ..transfer import queues
+
+    def prepared(image: np.ndarray) -> tuple[np.ndarray, Any]:
+        with contextlib.suppress(Exception):  # what fails here fails again below, unless memory was short
+            return image, generator.prepare(image) if ahead else None
+        return image, None
+
+    device = generator.sam.device
+    size = photos_per_pass(device)
+    # a GPU leaves the processor time to read and prepare the next pass
+    ahead = size if queues(device) else 0
+    photos = read_sources(sources, limit, ahead, prepared)
+    while chunk := list(itertools.islice(photos, size)):
+        readable = [photo for _, photo, _ in chunk if not isinstance(photo, ImageReadError)]
+        started = time.perf_counter()
+        galleries = iter(_galleries(generator, readable, on_error) if readable else ())
+        share = 1e3 * (time.perf_counter() - started) / max(len(readable), 1)
+        for _, photo, read in chunk:
+            if isinstance(photo, ImageReadError):
+                if on_error == "raise":
+                    raise photo
+                yield None, str(photo)
+                continue
+            gallery = next(galleries)
+            if isinstance(gallery, str):
+                yield None, gallery
+            else:
+                yield (photo[0], gallery, {"read": read, "gallery": share, "total": read + share}), None
+
+
+def _galleries(generator: MaskGenerator, photos: Sequence[tuple], on_error: str) -> list[MaskGallery | str]:
+    """Of (pixels, what was prepared of them), in halves where they don't fit the memory or one of them fails."""
+    from ..gallery import galleries_to_host
     from ..memory import is_out_of_memory
 
-    for source in sources:
-        started = time.perf_counter()
-        try:
-            image = source.read(limit)
-            read = time.perf_counter()
-            (gallery,) = generator.generate([image])
-        except (Pro2SamError, MemoryError, RuntimeError) as error:
-            short = is_out_of_memory(error)
-            if on_error == "raise" or not (short or isinstance(error, Pro2SamError)):
-                raise
-            yield None, "the photo doesn't fit the memory" if short else str(error)
-            continue
-        done = time.perf_counter()
-        speed = {"read": read - started, "gallery": done - read, "total": done - started}
-        yield (image, gallery.to("cpu"), {stage: 1e3 * value for stage, value in speed.items()}), None
+    half = len(photos) // 2
+    try:
+        return galleries_to_host(generator.generate(*map(list, zip(*photos, strict=True))))
+    except (Pro2SamError, MemoryError, RuntimeError) as error:
+        short = is_out_of_memory(error)
+        if not (short or isinstance(error, Pro2SamError)) or (on_error == "raise" and not (short and half)):
+            raise
+        reason = "the photo doesn't fit the memory" if short else str(error)
+    if not half:
+        return [reason]
+    return [gallery for part in (photos[:half], photos[half:]) for gallery in _galleries(generator, part, on_error)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from ..boxes import Box, iou_exact, largest_component, largest_component_box, map_foreground, otsu_union, tight_box
 from ..errors import ConfigError, Pro2SamError
 from ..gallery import MaskGallery
-from ..memory import items_per_chunk
+from ..memory import items_per_chunk, joined
 from ..ops import mask_match, pack_masks, unpack_masks
 from ..ops.mask_measure import boxes_of_packed
 from ..rle import packed_to_dense
+from ..transfer import in_step, queues, to_device
 
-__all__ = ["MatchResult", "NoMaskError", "fills_frame", "grid_masks", "match"]
+__all__ = ["MatchResult", "NoMaskError", "fills_frame", "grid_masks", "match", "matching"]
 
 RESOLUTIONS = ("mask", "official14")
 SIMILARITIES = ("mask", "bbox", "mask+bbox")
@@ -69,7 +70,7 @@ class MatchResult:
         return otsu_union(self.mask, min_region) if rule == "otsu_union" else largest_component_box(self.mask)
 
 
-def match(
+def matching(
     gallery: MaskGallery,
     coarse_map: Tensor,
     *,
@@ -81,7 +82,7 @@ def match(
     min_score: float = 0.0,
     on_empty: str = "coarse",
     coarse_threshold: float = 0.4,
-) -> MatchResult:
+) -> Generator[list[Tensor], list[Tensor], MatchResult]:
     """Choose the gallery mask that is most similar to the binarised coarse map B; the first on ties.
 
     Args:
@@ -123,10 +124,20 @@ def match(
     if not isinstance(min_region_gallery, Integral) or min_region_gallery < 0:
         raise ConfigError(f"min_region_gallery must be a number of pixels, got {min_region_gallery!r}")
     coarse_map = _check_map(coarse_map).to(gallery.masks.device)
-    scores = _similarity(gallery, coarse_map, prompt_threshold, match_resolution, similarity)
+    masks, binary = _at_resolution(gallery, coarse_map, prompt_threshold, match_resolution)
+    compared = mask_match(masks.flatten(1), pack_masks(binary).flatten())[0]
+    flags = _frame_flags(gallery.masks, gallery.size[1], min_region_gallery) if drop_full_frame else ()
+    finite, coarse_map, compared, *flags = yield [coarse_map.isfinite().all(), coarse_map, compared, *flags]
+    if not finite:
+        raise ConfigError("the coarse map must be two-dimensional with finite values, got some that aren't finite")
+    scores = np.zeros(len(gallery), dtype=np.float32)
+    if similarity != "bbox":
+        scores += compared.numpy()
+    if similarity != "mask":
+        scores += _box_similarity(masks, binary)
     kept = np.ones(len(gallery), dtype=bool)
     if drop_full_frame:
-        kept = ~fills_frame(gallery.masks, gallery.size[1], min_region_gallery)
+        kept = ~(yield from _decided(gallery.masks, gallery.size[1], min_region_gallery, *flags))
 
     left = np.flatnonzero(kept)
     if not len(left) and on_empty == "raise":
@@ -134,14 +145,19 @@ def match(
     if len(left):
         index = int(left[scores[left].argmax()])  # numpy's argmax takes the first
         if on_empty == "raise" or scores[index] > min_score:
-            mask = unpack_masks(gallery.masks[index], gallery.size[1]).cpu().numpy()
-            predicted_iou = float(gallery.predicted_iou[index])
-            return MatchResult(index, float(scores[index]), predicted_iou, "sam", mask, scores, kept)
+            chosen = unpack_masks(gallery.masks[index], gallery.size[1]), gallery.predicted_iou[index]
+            mask, predicted_iou = yield list(chosen)
+            return MatchResult(index, float(scores[index]), float(predicted_iou), "sam", mask.numpy(), scores, kept)
     mask = largest_component(map_foreground(coarse_map, coarse_threshold, gallery.size))
     source = "coarse" if mask.any() else "full"
     if source == "full":
         mask = np.ones(gallery.size, dtype=bool)
     return MatchResult(-1, 0.0, math.nan, source, mask, scores, kept)
+
+
+@functools.wraps(matching, assigned=("__doc__",))
+def match(gallery: MaskGallery, coarse_map: Tensor, **options) -> MatchResult:
+    return in_step([matching(gallery, coarse_map, **options)])[0]
 
 
 def fills_frame(masks: Tensor, width: int, min_region: int = 10) -> np.ndarray:
@@ -158,7 +174,12 @@ def fills_frame(masks: Tensor, width: int, min_region: int = 10) -> np.ndarray:
     Returns:
         bool (K,) on the CPU.
     """
-    return np.concatenate([_fills_frame(part, width, min_region) for part in _chunks(masks)])
+
+    def steps() -> Generator[list[Tensor], list[Tensor], np.ndarray]:
+        flags = yield list(_frame_flags(masks, width, min_region))
+        return (yield from _decided(masks, width, min_region, *flags))
+
+    return in_step([steps()])[0]
 
 
 def _chunks(masks: Tensor) -> tuple[Tensor, ...]:
@@ -166,23 +187,36 @@ def _chunks(masks: Tensor) -> tuple[Tensor, ...]:
     return masks.split(items_per_chunk(12 * masks[:1].nbytes))
 
 
-def _fills_frame(masks: Tensor, width: int, min_region: int) -> np.ndarray:
+def _frame_flags(masks: Tensor, width: int, min_region: int) -> tuple[Tensor, Tensor]:
+    """Which masks fill the frame for certain, and for which that takes a closer look: bool (K,)."""
+    parts = [_frame_flags_of_few(part, width, min_region) for part in _chunks(masks)]
+    return tuple(map(joined, zip(*parts, strict=True)))
+
+
+def _frame_flags_of_few(masks: Tensor, width: int, min_region: int) -> tuple[Tensor, Tensor]:
     # The closing reaches the border from at most one pixel away, so a mask that stays two pixels away from some border
     # fills the frame only by the fallback. That is excluded by any horizontal run of min_region pixels.
     near_all = torch.stack([near.flatten(1).any(1) for near in _sides(masks, width, 2, torch.bitwise_or)]).all(0)
     filled = torch.zeros_like(near_all)
-    undecided = (near_all | ~_has_run(masks, min_region)).nonzero().squeeze(1)
+    undecided = near_all | ~_has_run(masks, min_region)
     if min_region <= min(width, masks.shape[1]):
         # A run of min_region pixels from a border inwards is part of a region that counts; one from each settles it.
-        runs = _sides(masks[undecided], width, max(min_region, 1), torch.bitwise_and)
-        settled = torch.stack([run.flatten(1).any(1) for run in runs]).all(0)
-        filled[undecided] = settled
-        undecided = undecided[~settled]
-    if len(undecided):
+        some = slice(None) if queues(masks.device) else undecided.nonzero().squeeze(1)
+        runs = _sides(masks[some], width, max(min_region, 1), torch.bitwise_and)
+        filled[some] = undecided[some] & torch.stack([run.flatten(1).any(1) for run in runs]).all(0)
+    return filled, undecided & ~filled
+
+
+def _decided(
+    masks: Tensor, width: int, min_region: int, filled: Tensor, undecided: Tensor
+) -> Generator[list[Tensor], list[Tensor], np.ndarray]:
+    """The closer look, on the host."""
+    filled, index = filled.numpy(), np.flatnonzero(undecided)
+    if len(index):
+        (chosen,) = yield [masks[to_device(torch.from_numpy(index), masks.device)]]
         frame = (0, 0, width, masks.shape[1])
-        dense = (mask for i in undecided.tolist() for mask in packed_to_dense(masks[i : i + 1], width))
-        filled[undecided] = filled.new_tensor([otsu_union(mask, min_region) == frame for mask in dense])
-    return filled.cpu().numpy()
+        filled[index] = [otsu_union(mask, min_region) == frame for mask in packed_to_dense(chosen, width)]
+    return filled
 
 
 def _sides(masks: Tensor, width: int, depth: int, combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
@@ -241,6 +275,8 @@ def _has_run(masks: Tensor, length: int) -> Tensor:
     """
     if length > 64:
         return torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+    if queues(masks.device):
+        return _row_has_run(masks, length)
     found = _row_has_run(masks[:, ::16], length)  # enough for nearly all
     missed = (~found).nonzero().squeeze(1)
     found[missed] = _row_has_run(masks[missed], length)
@@ -256,20 +292,15 @@ def _row_has_run(masks: Tensor, length: int) -> Tensor:
     return (runs != 0).flatten(1).any(1)
 
 
-def _similarity(gallery: MaskGallery, coarse_map: Tensor, threshold: float, resolution: str, kind: str) -> np.ndarray:
-    """float32 (K,) similarity of every gallery mask with the binarised map."""
-    if resolution == "mask":
-        enlarged = F.interpolate(coarse_map[None, None], size=gallery.size, mode="bilinear", align_corners=False)
-        binary, masks = enlarged[0, 0] > threshold, gallery.masks
-    else:
-        binary = coarse_map > threshold
+def _at_resolution(
+    gallery: MaskGallery, coarse_map: Tensor, threshold: float, resolution: str
+) -> tuple[Tensor, Tensor]:
+    """Packed gallery masks (K, H', words) and the binarised map, bool (H', W')."""
+    if resolution == "official14":
         masks = pack_masks(grid_masks(gallery.masks, gallery.size[1], tuple(coarse_map.shape)))
-    scores = np.zeros(len(gallery), dtype=np.float32)
-    if kind != "bbox":
-        scores += mask_match(masks.flatten(1), pack_masks(binary).flatten())[0].cpu().numpy()
-    if kind != "mask":
-        scores += _box_similarity(masks, binary)
-    return scores
+        return masks, coarse_map > threshold
+    enlarged = F.interpolate(coarse_map[None, None], size=gallery.size, mode="bilinear", align_corners=False)
+    return gallery.masks, enlarged[0, 0] > threshold
 
 
 def _box_similarity(masks: Tensor, binary: Tensor) -> np.ndarray:
@@ -282,6 +313,6 @@ def _box_similarity(masks: Tensor, binary: Tensor) -> np.ndarray:
 def _check_map(coarse_map: Tensor) -> Tensor:
     values = torch.as_tensor(coarse_map).detach()
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    if values.ndim != 2 or values.numel() == 0 or not torch.isfinite(values).all():
+    if values.ndim != 2 or values.numel() == 0:
         raise ConfigError(f"the coarse map must be two-dimensional with finite values, got shape {tuple(values.shape)}")
     return values

@@ -6,15 +6,16 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..background import in_background
 from ..boxes import tight_box
 from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
 from ..gallery import MaskGallery
@@ -23,7 +24,8 @@ from ..io import MAX_PIXELS, Source, iter_sources, read_sources
 from ..memory import is_out_of_memory
 from ..models.lite import map_and_label
 from ..results import Localization
-from .matching import MatchResult, NoMaskError, match
+from ..transfer import Upload, in_step, queues, to_device, to_host
+from .matching import MatchResult, NoMaskError, match, matching
 
 __all__ = ["AUTO_BATCH", "Localizer", "PhotoNet", "check_batch_size", "resolve_device"]
 
@@ -73,6 +75,26 @@ class PhotoNet:
         return self.model(batch)
 
 
+class _Prepared(NamedTuple):
+    """What the networks get of a photo, on its way to the device.
+
+    coarse: the coarse stage's input. label: the classifier's; None if that is the same, or without a classifier.
+    view: uint8 (H, W, 3), what SAM sees. sam: the generator's uploads of it; None for a generator without them.
+    """
+
+    coarse: Upload
+    label: Upload | None
+    view: np.ndarray
+    sam: list[Upload] | None
+
+
+class _Photo(NamedTuple):
+    """RGB uint8 (H, W, 3), and what was made of it while others were worked on."""
+
+    image: np.ndarray
+    prepared: _Prepared | None = None
+
+
 class Localizer:
     """The whole pipeline, ready to run on photos.
 
@@ -93,7 +115,7 @@ class Localizer:
     device: "auto" (CUDA where it works, else CPU), or what torch.device takes.
 
     On the CPU results don't depend on the batch size; a GPU may round coarse maps differently. Calling is safe from one
-    thread at a time.
+    thread at a time. For a GPU, `prepare` of the stages is called by several threads of our own.
     """
 
     def __init__(
@@ -159,37 +181,51 @@ class Localizer:
         results = self._stream(iter_sources(source), batch_size, on_error, stream)
         return results if stream else list(results)
 
-    def localize_batch(self, images: Sequence[np.ndarray]) -> list[Localization]:
-        """Localize in photos already read: uint8 (H, W, 3) RGB arrays of any sizes, in one pass."""
+    def localize_batch(
+        self, images: Sequence[np.ndarray], prepared: Sequence[_Prepared | None] = ()
+    ) -> list[Localization]:
+        """Localize in photos already read: uint8 (H, W, 3) RGB arrays of any sizes, in one pass.
+
+        prepared: what :meth:`prepare` made of each, if that was done before.
+        """
         speed: dict[str, float] = {}
+        prepared = [x for x in prepared if x is not None]
+        prepared = prepared if len(prepared) == len(images) else []
         with torch.inference_mode():
             with self._timed(speed, "coarse"):
-                maps, logits = self._coarse(images)
+                maps, logits = self._coarse(images, prepared)
             with self._timed(speed, "gallery"):
-                galleries = self.generator.generate([self._sam_view(image) for image in images])
+                views = [x.view for x in prepared] or [self._sam_view(image) for image in images]
+                uploads = [x.sam for x in prepared if x.sam is not None]
+                galleries = self.generator.generate(views, uploads) if uploads else self.generator.generate(views)
             with self._timed(speed, "match"):
-                inputs = zip(images, galleries, maps, strict=True)
-                results = [self._match(image, gallery, coarse) for image, gallery, coarse in inputs]
-        if logits is not None:
-            score, label = logits.float().softmax(dim=1).max(dim=1)
-            for result, index, value in zip(results, label.tolist(), score.tolist(), strict=True):
-                result.label, result.label_score = index, value
-                if self.class_names is not None and index < len(self.class_names):
-                    result.label_name = self.class_names[index]
+                results = self._results(images, galleries, maps, logits)
         share = {stage: value / len(images) for stage, value in speed.items()}
         for result in results:
             result.speed = dict(share)
         return results
 
-    def _coarse(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, image: np.ndarray) -> _Prepared:
+        """What can be done for a photo while the device works on others. May be called in any thread."""
+        own_label = self.classifier is not None and not _same_input(self.classifier, self.coarse)
+        view = self._sam_view(image)
+        return _Prepared(
+            Upload(self.coarse.prepare(image), self.device),
+            Upload(self.classifier.prepare(image), self.device) if own_label else None,
+            view,
+            self.generator.prepare(view) if isinstance(self.generator, MaskGenerator) else None,
+        )
+
+    def _coarse(self, images: Sequence[np.ndarray], prepared: Sequence[_Prepared]) -> tuple[Tensor, Tensor | None]:
         """Maps (B, h, w) and logits (B, C) or None."""
         size = 1 if self.device.type == "cpu" else len(images)  # matrix products of another size round differently
-        parts = [self._coarse_pass(images[start : start + size]) for start in range(0, len(images), size)]
+        starts = range(0, len(images), size)
+        parts = [self._coarse_pass(*(x[start : start + size] for x in (images, prepared))) for start in starts]
         maps, logits = zip(*parts, strict=True)
         return torch.cat(maps), None if logits[0] is None else torch.cat(logits)
 
-    def _coarse_pass(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
-        batch = torch.stack([self.coarse.prepare(image) for image in images]).to(self.device)
+    def _coarse_pass(self, images: Sequence[np.ndarray], prepared: Sequence[_Prepared]) -> tuple[Tensor, Tensor | None]:
+        batch = self._inputs(self.coarse, images, [x.coarse for x in prepared])
         if self.classifier is None:
             output = self.coarse(batch)
             return output["map"], output.get("logits")
@@ -200,9 +236,19 @@ class Localizer:
                 return both
         output = self.coarse(batch, logits=False) if wants_map_only else self.coarse(batch)
         if not same_input:
-            batch = torch.stack([self.classifier.prepare(image) for image in images]).to(self.device)
+            batch = self._inputs(self.classifier, images, [x.label for x in prepared])
         logits = self.classifier(batch)
         return output["map"], logits["logits"] if isinstance(logits, Mapping) else logits
+
+    def _inputs(self, stage: Any, images: Sequence[np.ndarray], uploads: Sequence[Upload]) -> Tensor:
+        if uploads:
+            return torch.stack([upload.result() for upload in uploads])
+        return to_device(torch.stack([stage.prepare(image) for image in images]), self.device)
+
+    def _photo(self, image: np.ndarray) -> _Photo:
+        with suppress(Exception):  # what fails here fails again where that is dealt with, unless memory was short
+            return _Photo(image, self.prepare(image))
+        return _Photo(image)
 
     def _sam_view(self, image: np.ndarray) -> np.ndarray:
         if self.sam_input == "native":
@@ -210,24 +256,49 @@ class Localizer:
         size = (self.sam_input, self.sam_input)
         return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
 
-    def _match(self, image: np.ndarray, gallery: MaskGallery, coarse: Tensor) -> Localization:
+    def _results(
+        self, images: Sequence[np.ndarray], galleries: list[MaskGallery], maps: Tensor, logits: Tensor | None
+    ) -> list[Localization]:
+        tasks = [self._located(gallery, coarse) for gallery, coarse in zip(galleries, maps, strict=True)]
+        columns = ((image, *found) for image, found in zip(images, in_step(tasks), strict=True))
+        # boxes are the processor's work, which a GPU would wait for
+        ahead = len(images) if queues(self.device) else 0
+        results = list(in_background(lambda column: self._result(*column), columns, ahead))
+        if logits is not None:
+            score, label = to_host(logits.float().softmax(dim=1).max(dim=1))
+            for result, index, value in zip(results, label.tolist(), score.tolist(), strict=True):
+                result.label, result.label_score = index, value
+                if self.class_names is not None and index < len(self.class_names):
+                    result.label_name = self.class_names[index]
+        return results
+
+    def _located(self, gallery: MaskGallery, coarse: Tensor) -> Generator[list[Tensor], list[Tensor], tuple]:
+        """What was matched, the masks to keep, best first, the same in scores, and the map; see `in_step`."""
+        found = yield from matching(gallery, coarse, **self.matching)
+        scores = np.where(found.kept, found.scores, -1.0)
+        best = np.argsort(-scores, kind="stable")[: int(np.sum(found.kept))][: self.candidates]
+        candidates = gallery.select(torch.from_numpy(best))
+        coarse, *tensors = yield [coarse.float(), *candidates.tensors()]
+        candidates = MaskGallery(gallery.size, *tensors)
+        return found, candidates, scores[best].astype(np.float32), coarse.numpy()
+
+    def _result(
+        self, image: np.ndarray, found: MatchResult, candidates: MaskGallery, scores: np.ndarray, coarse: np.ndarray
+    ) -> Localization:
         height, width = image.shape[:2]
-        found = match(gallery, coarse, **self.matching)
         box, mask = self._box_of(found), found.mask
         if mask.shape != (height, width):
             box = box * np.array([width / mask.shape[1], height / mask.shape[0]] * 2)
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-        scores = np.where(found.kept, found.scores, -1.0)
-        best = np.argsort(-scores, kind="stable")[: int(np.sum(found.kept))][: self.candidates]
         return Localization(
             path=None,
             orig_shape=(height, width),
             box=tuple(float(value) for value in box),
             mask=mask,
             score=float(found.score),
-            coarse=coarse.float().cpu().numpy(),
-            candidates=gallery.select(torch.from_numpy(best)).to("cpu"),
-            candidate_scores=scores[best].astype(np.float32),
+            coarse=coarse,
+            candidates=candidates,
+            candidate_scores=scores,
             source=found.source,
         )
 
@@ -243,19 +314,19 @@ class Localizer:
         self, sources: Iterator[Source], batch_size: int | str, on_error: str, stream: bool
     ) -> Iterator[Localization]:
         batch = _Batch(batch_size, self.device.type)
-        # a GPU leaves the processor time to read the next batch
-        ahead = batch.size if self.device.type == "cuda" else 0
-        for source, image, read_ms in read_sources(sources, self.max_pixels, ahead):
-            if isinstance(image, ImageReadError):
+        # a GPU leaves the processor time to read and prepare the next batch
+        ahead = batch.size if queues(self.device) else 0
+        for source, photo, read_ms in read_sources(sources, self.max_pixels, ahead, self._photo if ahead else _Photo):
+            if isinstance(photo, ImageReadError):
                 if on_error == "raise":
                     if stream:
                         yield from self._run(batch, on_error, stream)
-                    raise image
-                batch.add(source, None, _failed(source, image), 0.0)
+                    raise photo
+                batch.add(source, None, _failed(source, photo), 0.0)
                 continue
-            if not batch.has_room_for(image):
+            if not batch.has_room_for(photo.image):
                 yield from self._run(batch, on_error, stream)
-            batch.add(source, image, None, read_ms)
+            batch.add(source, photo, None, read_ms)
             if batch.full:
                 yield from self._run(batch, on_error, stream)
         yield from self._run(batch, on_error, stream)
@@ -265,12 +336,12 @@ class Localizer:
         items = batch.take()
         photos = [item for item in items if item[1] is not None]
         results = iter(self._robust_batch(photos, on_error, batch))
-        for source, image, failed, read_ms in items:
+        for source, photo, failed, read_ms in items:
             result = failed or next(results)
-            if image is not None:
+            if photo is not None:
                 result.path, result.name = source.path, source.name
                 if stream or not isinstance(source.item, (str, os.PathLike)):
-                    result.image = image
+                    result.image = photo.image
                 result.speed = {"read": read_ms, **result.speed}
                 result.speed["total"] = sum(result.speed.values())
             yield result
@@ -281,7 +352,7 @@ class Localizer:
             return []
         half = len(photos) // 2
         try:
-            return self.localize_batch([photo[1] for photo in photos])
+            return self.localize_batch([item[1].image for item in photos], [item[1].prepared for item in photos])
         except Pro2SamError as error:
             if on_error == "raise":
                 raise
@@ -293,7 +364,7 @@ class Localizer:
             torch.cuda.empty_cache()
             batch.size = max(half, 1)
         if not half:
-            return [_failed(photos[0][0], reason, photos[0][1].shape[:2])]
+            return [_failed(photos[0][0], reason, photos[0][1].image.shape[:2])]
         parts = photos[:half], photos[half:]
         return [result for part in parts for result in self._robust_batch(part, on_error, batch)]
 
@@ -307,7 +378,7 @@ class Localizer:
 
 
 class _Batch:
-    """Collects (source, image | None, failed result | None, read ms) until a pass is worth it."""
+    """Collects (source, photo | None, failed result | None, read ms) until a pass is worth it."""
 
     def __init__(self, size: int | str, device_type: str):
         self.automatic = size == "auto"
@@ -324,11 +395,11 @@ class _Batch:
         limit = self._pixel_limit
         return limit is None or not self._photos or self._pixels + image.shape[0] * image.shape[1] <= limit
 
-    def add(self, source: Source, image: np.ndarray | None, failed: Localization | None, read_ms: float) -> None:
-        self._items.append((source, image, failed, read_ms))
-        if image is not None:
+    def add(self, source: Source, photo: _Photo | None, failed: Localization | None, read_ms: float) -> None:
+        self._items.append((source, photo, failed, read_ms))
+        if photo is not None:
             self._photos += 1
-            self._pixels += image.shape[0] * image.shape[1]
+            self._pixels += photo.image.shape[0] * photo.image.shape[1]
 
     def take(self) -> list:
         items, self._items = self._items, []

@@ -98,7 +98,7 @@ def test_map_and_label_with_one_pass_of_the_trunk(model, monkeypatch):
         actual = map_and_label(model.coarse, model.classifier, x)
         assert len(passes) == 1 and all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
         photo = np.zeros((30, 40, 3), np.uint8)
-        assert Localizer(model.coarse, model.sam, classifier=model.classifier)._coarse([photo])[1].shape == (1, 7)
+        assert Localizer(model.coarse, model.sam, classifier=model.classifier)._coarse([photo], [])[1].shape == (1, 7)
         assert len(passes) == 2
         with pytest.raises(ConfigError, match="224"):
             map_and_label(model.coarse, model.classifier, x[:, :, :192, :192])

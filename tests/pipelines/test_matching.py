@@ -69,7 +69,11 @@ class TestFilter:
     def test_equals_the_plain_form(self, masks, min_region):
         frame = (0, 0, masks.shape[2], masks.shape[1])
         expected = [otsu_union(mask, min_region) == frame for mask in masks]
-        assert fills_frame(pack_masks(torch.from_numpy(masks)), masks.shape[2], min_region).tolist() == expected
+        packed = pack_masks(torch.from_numpy(masks))
+        assert fills_frame(packed, masks.shape[2], min_region).tolist() == expected
+        with pytest.MonkeyPatch.context() as patch:  # as on a GPU, where the filter waits for nothing
+            patch.setattr("pro2sam_fast.pipelines.matching.queues", lambda device: True)
+            assert fills_frame(packed, masks.shape[2], min_region).tolist() == expected
 
     def test_runs_over_word_boundaries_and_the_sign_bit(self):
         for start in range(50, 70):
