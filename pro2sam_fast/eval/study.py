@@ -276,8 +276,8 @@ class Study:
         if not (others := [f"`{name}`" for name, shared in self.classes.items() if not shared]):
             return []
         return [
-            f"The {len(self.data.class_names)} classes of the data aren't among those of {', '.join(others)}. Its maps "
-            "are taken as they are, those of class activation or Grad-CAM for the class that it finds likeliest. "
+            f"The {len(self.data.class_names)} classes of the data aren't among those of {', '.join(others)}. Maps "
+            "are taken as they are, those of class activation or Grad-CAM for the class found likeliest. "
             "Localization needs no class, so GT-known and box accuracy are measured all the same; Top-1 and Top-5 only "
             "with class scores of another model.\n"
         ]
