@@ -36,7 +36,7 @@ SOURCES = {
 }
 LITE_DEFAULTS = {
     "points_per_side": 16,
-    "pred_iou_thresh": 0.5,
+    "pred_iou_thresh": 0.4,
     "stability_score_thresh": 0.6,
     "min_mask_region_area": 100,
 }
