@@ -69,11 +69,13 @@ def sam_phases() -> list[SamLiteConfig]:
 class LiteRecipe:
     """Everything that shapes the bundled weights besides the data.
 
-    sam: phases; each continues from the averaged weights of the one before. defaults: options of generator, matching
-    and localizer that the bundle asks for.
+    sam: phases; each continues from the averaged weights of the one before. souped: of so many last phases the bundle
+    holds the mean of the weights (model soup; Wortsman et al., ICML 2022). defaults: options of generator, matching and
+    localizer that the bundle asks for.
     """
 
     sam: list[SamLiteConfig] = field(default_factory=sam_phases)
+    souped: int = 2
     gtformer: GTFormerLiteConfig = field(default_factory=GTFormerLiteConfig)
     defaults: dict = field(default_factory=lambda: dict(LITE_DEFAULTS))
 
@@ -144,13 +146,15 @@ def train_gtformer_stage(data: Path, run: Path, recipe: LiteRecipe, trunk: Effic
 
 
 def bundle(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) -> Path:
-    """Averaged SAM-lite weights, GTFormer-lite (its head without the ImageNet columns, which the trunk's own head
+    """SAM-lite as the mean of its last phases, GTFormer-lite (its head without the ImageNet columns, which the trunk's own head
     serves better) and the trunk in one file."""
     sources = labelled_photos(data)
     kept = sources[:-1]
     classes = [name for source in kept for name in source.classes]
     sam = make_sam_lite(trunk)
-    sam.load_state_dict(_latest(run / f"sam{len(recipe.sam) - 1}")["average"], strict=False)
+    numbers = range(len(recipe.sam))[-recipe.souped :]
+    phases = [_latest(run / f"sam{number}")["average"] for number in numbers]
+    sam.load_state_dict({k: sum(phase[k] for phase in phases) / len(phases) for k in phases[0]}, strict=False)
     state = _latest(run / "gtformer")["model"]
     state["head.weight"], state["head.bias"] = state["head.weight"][: len(classes)], state["head.bias"][: len(classes)]
     coarse: GTFormer = make_gtformer_lite(len(classes), trunk)
