@@ -146,8 +146,8 @@ def train_gtformer_stage(data: Path, run: Path, recipe: LiteRecipe, trunk: Effic
 
 
 def bundle(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) -> Path:
-    """SAM-lite as the mean of its last phases, GTFormer-lite (its head without the ImageNet columns, which the trunk's own head
-    serves better) and the trunk in one file."""
+    """SAM-lite as the mean of its last phases, GTFormer-lite (its head without the ImageNet columns, which the trunk's
+    own head serves better) and the trunk in one file."""
     sources = labelled_photos(data)
     kept = sources[:-1]
     classes = [name for source in kept for name in source.classes]
