@@ -36,13 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def trained(method: str, seed: int, data, run: Path, epochs: int, area_target: float = 0.25) -> torch.nn.Module:
-    """The method's model after training, in evaluation mode, as an images -> map and logits module."""
+    """The method's model after training, in evaluation mode, as an images -> map and logits module.
+
+    "bundled" is the coarse model of `lite` as it is: its recipe ties the map to the trunk's class activation map.
+    """
     from pro2sam_fast.eval.baselines import ClassActivation
     from pro2sam_fast.models.lite import load_lite
     from pro2sam_fast.models.trained import ModelSpec, build_trained, load_trained
     from pro2sam_fast.train.gtformer import TrainConfig, train_gtformer
     from pro2sam_fast.train.losses import LOSS_PRESETS
 
+    if method == "bundled":
+        return load_lite().coarse.eval()
     preset = "default" if method == "gtformer" else method
     spec = ModelSpec("lite", tuple(data.class_names), preset)
     losses = replace(LOSS_PRESETS[preset], area_target=area_target)
@@ -62,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pro2sam_fast.eval.maps import evaluate_maps, predict_maps, shared_classes
     from pro2sam_fast.eval.masks import evaluate_masks
     from pro2sam_fast.generator import MaskGenerator
+    from pro2sam_fast.models.lite import load_lite
     from pro2sam_fast.train.losses import AREA_TARGETS
 
     source, area = arguments.train or arguments.data, AREA_TARGETS["ilsvrc" if arguments.train else "cub"]
@@ -71,7 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
     galleries = GalleryCache(MaskGenerator(sam, **defaults), arguments.runs / "galleries", defaults)
     options = {"train": arguments.train and arguments.train.name, "images-per-class": arguments.images_per_class}
     options = {name: value for name, value in options.items() if value is not None}
-    classes = shared_classes(train.class_names, test.class_names)
     taught = "labels" if arguments.train is None else f"{len(train)} labels of {arguments.train.name}"
     if arguments.images_per_class is not None:
         taught += f", {arguments.images_per_class} a class"
@@ -80,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         for seed in map(int, arguments.seeds.split(",")):
             folder = arguments.runs / "_".join([method, *map(str, options.values()), str(seed)])
             model = trained(method, seed, train, folder, arguments.epochs, area)
+            known = train.class_names if method != "bundled" else load_lite().coarse_class_names
+            classes = shared_classes(known, test.class_names)
             threshold = evaluate_maps(predict_maps(model, boxed, classes=classes), boxed).threshold
             maps = predict_maps(model, test, classes=classes)
             report = evaluate_maps(maps, test, selection="val_split", threshold=threshold)
@@ -94,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
             "kind": "accuracy",
             "what": "study",
             "case": f"{method} from {taught}; CUB-10 test boxes",
-            "model": f"{method} of arch lite, {arguments.epochs} epochs",
+            "model": f"{method} of arch lite" + (f", {arguments.epochs} epochs" if method != "bundled" else ""),
             "dtype": "float32",
             "photos": len(test),
             "metrics": _spread(table[method]),
