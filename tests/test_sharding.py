@@ -199,6 +199,8 @@ def test_no_process_outlives_the_program(sign, photos, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(pro2sam_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     log = tmp_path / "localizations.jsonl"
     how = {"env": environment, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # a shell starts what runs in its background deaf to Ctrl-C, and children inherit that
+    how["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, **how) as program:
         while program.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
             time.sleep(0.05)

@@ -7,6 +7,7 @@ from original import records, segment_anything
 from pro2sam_fast.generator import MaskGenerator
 from pro2sam_fast.models.lite import WEIGHTS, load_lite
 from pro2sam_fast.models.sam.build import build_sam, to_segment_anything
+from pro2sam_fast.ops import mask_iou
 from pro2sam_fast.predictor import SamPredictor
 
 data = pytest.importorskip("skimage.data")
@@ -71,8 +72,9 @@ def test_bfloat16_leaves_the_encoder_alone(lite):
     sam, _, options = lite
     image = photo("coffee")
     full, mixed = (MaskGenerator(sam, **options, dtype=dtype) for dtype in ("float32", "bfloat16"))
-    expected, found = (next(x._decoder.encode([image], x.transform))[0] for x in (full, mixed))
+    expected, found = (next(x._decoder.encode(x.prepare(image))) for x in (full, mixed))
     assert expected.equal(found)
     expected, found = full.generate(image)[0], mixed.generate(image)[0]
     assert len(found) == len(expected) > 0
-    assert np.abs(found.boxes.numpy() - expected.boxes.numpy()).max() <= 2
+    twins = mask_iou(expected.masks.flatten(1), found.masks.flatten(1)).max(dim=1).values
+    assert (twins >= 0.95).float().mean() >= 0.95 and twins.min() >= 0.9
