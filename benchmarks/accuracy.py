@@ -17,7 +17,7 @@ import torch
 from rows import RESULTS, append, environment
 
 import pro2sam_fast
-from pro2sam_fast.models.lite import WEIGHTS
+from pro2sam_fast.models.lite import weights_file
 
 PARTS = ("cub", "cam", "clicks", "regions", "things", "labels")
 
@@ -66,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cpu")
-    weights = WEIGHTS if arguments.model == "lite" else Path(arguments.model)
-    weights = weights / WEIGHTS.name if weights.is_dir() else weights
+    weights = weights_file(None if arguments.model == "lite" else arguments.model)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     localizer = pro2sam_fast.load(arguments.model, device=device, dtype=arguments.dtype)
     for part in arguments.parts.split(","):

@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
 
 
-def trained(method: str, seed: int, data, run: Path, epochs: int, area_target: float = 0.25) -> torch.nn.Module:
-    """The method's model after training, in evaluation mode, as an images -> map and logits module.
+def trained(
+    method: str, seed: int, data, run: Path, epochs: int, area_target: float
+) -> tuple[torch.nn.Module, list[str]]:
+    """The method's model after training, in evaluation mode, as an images -> map and logits module, and its classes.
 
     "bundled" is the coarse model of `lite` as it is: its recipe ties the map to the trunk's class activation map.
     """
@@ -47,7 +49,8 @@ def trained(method: str, seed: int, data, run: Path, epochs: int, area_target: f
     from pro2sam_fast.train.losses import LOSS_PRESETS
 
     if method == "bundled":
-        return load_lite().coarse.eval()
+        lite = load_lite()
+        return lite.coarse, lite.coarse_class_names
     preset = "default" if method == "gtformer" else method
     spec = ModelSpec("lite", tuple(data.class_names), preset)
     losses = replace(LOSS_PRESETS[preset], area_target=area_target)
@@ -57,7 +60,7 @@ def trained(method: str, seed: int, data, run: Path, epochs: int, area_target: f
         config = TrainConfig(**{**RECIPE, "epochs": epochs}, seed=seed, losses=losses)
         train_gtformer(model, data, run, config, metadata=spec.metadata())
     model = load_trained(run / "last.safetensors")[0]
-    return (ClassActivation(model) if method == "cam" else model).eval()
+    return (ClassActivation(model) if method == "cam" else model).eval(), data.class_names
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,7 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pro2sam_fast.eval.maps import evaluate_maps, predict_maps, shared_classes
     from pro2sam_fast.eval.masks import evaluate_masks
     from pro2sam_fast.generator import MaskGenerator
-    from pro2sam_fast.models.lite import load_lite
     from pro2sam_fast.train.losses import AREA_TARGETS
 
     source, area = arguments.train or arguments.data, AREA_TARGETS["ilsvrc" if arguments.train else "cub"]
@@ -84,8 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     for method in arguments.methods.split(","):
         for seed in map(int, arguments.seeds.split(",")):
             folder = arguments.runs / "_".join([method, *map(str, options.values()), str(seed)])
-            model = trained(method, seed, train, folder, arguments.epochs, area)
-            known = train.class_names if method != "bundled" else load_lite().coarse_class_names
+            model, known = trained(method, seed, train, folder, arguments.epochs, area)
             classes = shared_classes(known, test.class_names)
             threshold = evaluate_maps(predict_maps(model, boxed, classes=classes), boxed).threshold
             maps = predict_maps(model, test, classes=classes)

@@ -145,14 +145,19 @@ def save_lite(path: str | Path, model: LiteModel) -> None:
     os.replace(temporary, path)
 
 
+def weights_file(source: str | Path | None = None) -> Path:
+    """The bundled file, or the `lite.safetensors` that ``source`` is or holds."""
+    path = WEIGHTS if source is None else Path(source)
+    return path / WEIGHTS.name if path.is_dir() else path
+
+
 def load_lite(source: str | Path | None = None) -> LiteModel:
     """The bundled models, or those of a `lite.safetensors` file or a folder that holds one; float32, evaluation mode.
 
     Raises:
         CheckpointError: the file is missing, corrupt or made for another architecture.
     """
-    path = WEIGHTS if source is None else Path(source)
-    path = path / WEIGHTS.name if path.is_dir() else path
+    path = weights_file(source)
     return _assemble(load_state_dict(path), path)
 
 
