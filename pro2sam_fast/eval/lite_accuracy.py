@@ -105,8 +105,10 @@ def click_accuracy(sam: Sam, photos: Sequence[tuple[SegmentedPhoto, list[int]]])
     best, picked, predicted, true = [], [], [], []
     for truth, masks, scores in clicks(sam, photos):
         ious = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
-        for found, index in ((best, ious.argmax()), (picked, scores.argmax())):
-            found.append((ious[index], boundary_f(masks[index], truth)))
+        chosen = ious.argmax(), scores.argmax()
+        measured = {index: (ious[index], boundary_f(masks[index], truth)) for index in set(chosen)}
+        for found, index in zip((best, picked), chosen):
+            found.append(measured[index])
         predicted += scores.tolist()
         true += ious.tolist()
     (best_iou, best_f), (picked_iou, picked_f) = (np.mean(found, axis=0) for found in (best, picked))
