@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["in_background"]
+__all__ = ["attempted", "in_background"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,3 +32,11 @@ def in_background(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def attempted(function: Callable[[Item], Result], item: Item) -> Result | None:
+    """Work done ahead that may fail: what fails here fails again where it is needed, unless memory was short."""
+    try:
+        return function(item)
+    except Exception:
+        return None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "in_chunks", "is_out_of_memory", "items_per_chunk", "joined"]
+from .errors import Pro2SamError
+
+__all__ = ["CHUNK_BYTES", "in_chunks", "is_out_of_memory", "items_per_chunk", "joined", "results_or_reasons"]
 
 # What one step may hold besides its arguments and results; results do not depend on it.
 CHUNK_BYTES = 64 << 20
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 
 
@@ -54,9 +57,46 @@ def in_chunks(call: Callable[[int, int], T], count: int, size: int) -> list[T]:
             if stop - start == 1 or not is_out_of_memory(error):
                 raise
             size = (stop - start) // 2
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
     return results
+
+
+def results_or_reasons(
+    call: Callable[[Sequence[Item]], list[T]],
+    photos: Sequence[Item],
+    strict: bool,
+    halves: bool = True,
+    short: Callable[[int], None] = lambda size: None,
+) -> list[T | str]:
+    """The results of ``call(photos)``, a photo each; why there is none for a photo with which it fails alone.
+
+    Args:
+        call: must be repeatable: photos that don't fit the memory, or one of which fails, are taken in halves.
+        photos: any number of them.
+        strict: what ``call`` raises is raised, but for a lack of memory where there are halves.
+        halves: whether there are any if ``strict``.
+        short: is told of a lack of memory, and a size that may fit.
+
+    Raises:
+        What ``call`` raises that is neither a `Pro2SamError` nor a lack of memory.
+    """
+    if not photos:
+        return []
+    half = len(photos) // 2
+    try:
+        return call(photos)
+    except (Pro2SamError, MemoryError, RuntimeError) as error:
+        lacking = is_out_of_memory(error)
+        if not (lacking or isinstance(error, Pro2SamError)) or (strict and not (lacking and halves and half)):
+            raise
+        reason = "the photo doesn't fit the memory" if lacking else str(error)
+    if lacking:
+        torch.cuda.empty_cache()  # by now nobody holds what the failed call did
+        short(max(half, 1))
+    if not half:
+        return [reason]
+    parts = photos[:half], photos[half:]
+    return [result for part in parts for result in results_or_reasons(call, part, strict, halves, short)]
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from .. import __version__
-from ..errors import ImageReadError, Pro2SamError
+from ..errors import ImageReadError
 from ..io import Source, read_sources
 from ..writers import GalleryWriter
 from .parser import Parser, yes_no
@@ -111,13 +110,17 @@ def _build(model: dict[str, Any], options: dict[str, Any], limit: int | None, on
 
 def _segment(generator: MaskGenerator, limit: int | None, on_error: str, sources: Iterable[Source]) -> Iterator:
     """For each photo ((pixels, gallery, milliseconds), None), or (None, why there is no gallery)."""
+    from ..background import attempted
+    from ..gallery import galleries_to_host
+    from ..memory import results_or_reasons
     from ..predictor import photos_per_pass
     from ..transfer import queues
 
     def prepared(image: np.ndarray) -> tuple[np.ndarray, Any]:
-        with contextlib.suppress(Exception):  # what fails here fails again below, unless memory was short
-            return image, generator.prepare(image) if ahead else None
-        return image, None
+        return image, attempted(generator.prepare, image) if ahead else None
+
+    def galleries(photos: Sequence[tuple[np.ndarray, Any]]) -> list[MaskGallery]:
+        return galleries_to_host(generator.generate(*map(list, zip(*photos, strict=True))))
 
     device = generator.sam.device
     size = photos_per_pass(device)
@@ -127,7 +130,7 @@ def _segment(generator: MaskGenerator, limit: int | None, on_error: str, sources
     while chunk := list(itertools.islice(photos, size)):
         readable = [photo for _, photo, _ in chunk if not isinstance(photo, ImageReadError)]
         started = time.perf_counter()
-        galleries = iter(_galleries(generator, readable, on_error) if readable else ())
+        found = iter(results_or_reasons(galleries, readable, on_error == "raise"))
         share = 1e3 * (time.perf_counter() - started) / max(len(readable), 1)
         for _, photo, read in chunk:
             if isinstance(photo, ImageReadError):
@@ -135,26 +138,8 @@ def _segment(generator: MaskGenerator, limit: int | None, on_error: str, sources
                     raise photo
                 yield None, str(photo)
                 continue
-            gallery = next(galleries)
+            gallery = next(found)
             if isinstance(gallery, str):
                 yield None, gallery
             else:
                 yield (photo[0], gallery, {"read": read, "gallery": share, "total": read + share}), None
-
-
-def _galleries(generator: MaskGenerator, photos: Sequence[tuple], on_error: str) -> list[MaskGallery | str]:
-    """Of (pixels, what was prepared of them), in halves where they don't fit the memory or one of them fails."""
-    from ..gallery import galleries_to_host
-    from ..memory import is_out_of_memory
-
-    half = len(photos) // 2
-    try:
-        return galleries_to_host(generator.generate(*map(list, zip(*photos, strict=True))))
-    except (Pro2SamError, MemoryError, RuntimeError) as error:
-        short = is_out_of_memory(error)
-        if not (short or isinstance(error, Pro2SamError)) or (on_error == "raise" and not (short and half)):
-            raise
-        reason = "the photo doesn't fit the memory" if short else str(error)
-    if not half:
-        return [reason]
-    return [gallery for part in (photos[:half], photos[half:]) for gallery in _galleries(generator, part, on_error)]

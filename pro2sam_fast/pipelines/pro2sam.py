@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..background import in_background
+from ..background import attempted, in_background
 from ..boxes import tight_box
-from ..errors import BackendError, ConfigError, ImageReadError, Pro2SamError
+from ..errors import BackendError, ConfigError, ImageReadError
 from ..gallery import MaskGallery
 from ..generator import MaskGenerator
 from ..io import MAX_PIXELS, Source, iter_sources, read_sources
-from ..memory import is_out_of_memory
+from ..memory import results_or_reasons
 from ..models.lite import map_and_label
 from ..results import Localization
 from ..transfer import Upload, in_step, queues, to_device, to_host
@@ -246,9 +246,7 @@ class Localizer:
         return to_device(torch.stack([stage.prepare(image) for image in images]), self.device)
 
     def _photo(self, image: np.ndarray) -> _Photo:
-        with suppress(Exception):  # what fails here fails again where that is dealt with, unless memory was short
-            return _Photo(image, self.prepare(image))
-        return _Photo(image)
+        return _Photo(image, attempted(self.prepare, image))
 
     def _sam_view(self, image: np.ndarray) -> np.ndarray:
         if self.sam_input == "native":
@@ -335,7 +333,7 @@ class Localizer:
         """Results for what the batch holds, in order. Photos stay in the results only if they can't be read again."""
         items = batch.take()
         photos = [item for item in items if item[1] is not None]
-        results = iter(self._robust_batch(photos, on_error, batch))
+        results = iter(self._robust(photos, on_error, batch))
         for source, photo, failed, read_ms in items:
             result = failed or next(results)
             if photo is not None:
@@ -346,27 +344,17 @@ class Localizer:
                 result.speed["total"] = sum(result.speed.values())
             yield result
 
-    def _robust_batch(self, photos: list, on_error: str, batch: _Batch) -> list[Localization]:
+    def _robust(self, photos: list, on_error: str, batch: _Batch) -> list[Localization]:
         """`localize_batch`, in halves where it doesn't fit the memory or where a photo of it fails."""
-        if not photos:
-            return []
-        half = len(photos) // 2
-        try:
-            return self.localize_batch([item[1].image for item in photos], [item[1].prepared for item in photos])
-        except Pro2SamError as error:
-            if on_error == "raise":
-                raise
-            reason = str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or (on_error == "raise" and not (batch.automatic and half)):
-                raise
-            reason = "the photo doesn't fit the memory"
-            torch.cuda.empty_cache()
-            batch.size = max(half, 1)
-        if not half:
-            return [_failed(photos[0][0], reason, photos[0][1].image.shape[:2])]
-        parts = photos[:half], photos[half:]
-        return [result for part in parts for result in self._robust_batch(part, on_error, batch)]
+
+        def localize(items: list) -> list[Localization]:
+            return self.localize_batch([item[1].image for item in items], [item[1].prepared for item in items])
+
+        found = results_or_reasons(localize, photos, on_error == "raise", batch.automatic, batch.shrink)
+        return [
+            _failed(source, result, photo.image.shape[:2]) if isinstance(result, str) else result
+            for (source, photo, *_), result in zip(photos, found, strict=True)
+        ]
 
     @contextmanager
     def _timed(self, speed: dict[str, float], stage: str) -> Iterator[None]:
@@ -390,6 +378,9 @@ class _Batch:
     @property
     def full(self) -> bool:
         return len(self._items) >= self.size
+
+    def shrink(self, size: int) -> None:
+        self.size = size
 
     def has_room_for(self, image: np.ndarray) -> bool:
         limit = self._pixel_limit
