@@ -41,28 +41,54 @@ LAUNCHES_SM_90 = (*LAUNCHES[:2], Launch(16, 2, 4))
 
 
 @triton.jit
+def _of_image(bases, values, image, prompt, rows, tiles, S: tl.constexpr):
+    # The prompt's image, and where its bases and values begin.
+    place = tl.load(image + prompt)
+    return place, bases + place * tiles * rows * 64, values + place * tiles * (3 * S.heads * 64 * S.lanes)
+
+
+@triton.jit
+def _nothing_yet(S: tl.constexpr):
+    # Maximum, sum and what is gathered before the first pixel.
+    top = tl.full((S.heads * S.padded,), -float("inf"), tl.float32)
+    gathered = tl.zeros((S.heads // S.join, S.join * S.padded, S.join * S.width), tl.float32)
+    return top, tl.zeros((S.heads * S.padded,), tl.float32), gathered
+
+
+@triton.jit
+def _gather(weights, values, tile, which: tl.constexpr, pixel, gathered, fade, S: tl.constexpr):
+    # weights (rows, pixels), operands or float32: rounded before the values are loaded, sweep 0 takes 30 registers more
+    gathered = gathered * tl.reshape(fade, (S.heads // S.join, S.join * S.padded, 1))
+    shared = load_values(values + tile * (3 * S.heads * 64 * S.lanes), which, pixel, S)
+    if weights.dtype == tl.float32:
+        weights = narrow(weights, values.dtype.element_ty)
+    return multiply(in_blocks(weights, S), shared, gathered, S)
+
+
+@triton.jit
+def _channels(S: tl.constexpr):
+    # (blocks, 1, channels), where a vector over all heads holds them
+    depth: tl.constexpr = S.join * S.width
+    return tl.arange(0, S.heads // S.join)[:, None, None] * depth + tl.arange(0, depth)[None, None, :]
+
+
+@triton.jit
 def sweep0_kernel(bases, values, image, q, out, rows, tiles, pixels, scale, S: tl.constexpr):
     # Grid (G,). rows: of a packed tile.
     DTYPE: tl.constexpr = bases.dtype.element_ty
     height: tl.constexpr = S.join * S.padded
     blocks: tl.constexpr = S.heads // S.join
     prompt = tl.program_id(0).to(tl.int64)
-    place = tl.load(image + prompt)
-    bases += place * tiles * rows * 64
-    values += place * tiles * (3 * S.heads * 64 * S.lanes)
+    _, bases, values = _of_image(bases, values, image, prompt, rows, tiles, S)
     q = narrow(load_tokens(q, prompt, S) * scale, DTYPE)
-    top = tl.full((S.heads * S.padded,), -float("inf"), tl.float32)
-    total = tl.zeros((S.heads * S.padded,), tl.float32)
-    gathered = tl.zeros((blocks, height, S.join * S.width), tl.float32)
+    top, total, gathered = _nothing_yet(S)
     for step in range(tl.cdiv(pixels, S.step)):
         tile, pixel = step // (64 // S.step), step % (64 // S.step) * S.step + tl.arange(0, S.step)
         scores = stacked(multiply(q, load_basis(bases + tile * rows * 64, 0, pixel, S), None, S), S)
         scores = tl.where((tile * 64 + pixel < pixels)[None, :], scores, -float("inf"))
         weights, top, fade = raise_top(scores, top)
         total = total * fade + tl.sum(weights, 1)
-        gathered = gathered * tl.reshape(fade, (blocks, height, 1))
-        shared = load_values(values + tile * (3 * S.heads * 64 * S.lanes), 0, pixel, S)
-        gathered = multiply(in_blocks(narrow(weights, DTYPE), S), shared, gathered, S)
+        gathered = _gather(weights, values, tile, 0, pixel, gathered, fade, S)
     at, real = all_places(prompt, S)
     tl.store(out + at, gathered / tl.reshape(total, (blocks, height, 1)), mask=real)
 
@@ -78,18 +104,14 @@ def sweep1_kernel(
     blocks: tl.constexpr = S.heads // S.join
     inner: tl.constexpr = S.heads * S.width
     prompt = tl.program_id(0).to(tl.int64)
-    place = tl.load(image + prompt)
-    bases += place * tiles * rows * 64
-    values += place * tiles * (3 * S.heads * 64 * S.lanes)
+    place, bases, values = _of_image(bases, values, image, prompt, rows, tiles, S)
     norms += place * 3 * tiles * 64
     r1 += prompt * tiles * 64
     k0 = narrow(load_tokens(k0, prompt, S) * scale, DTYPE)
     v0 = narrow(load_tokens(v0, prompt, S) * (2 * per_channel), DTYPE)
     q1 = narrow(load_tokens(q1, prompt, S) * scale, DTYPE)
     gram, key = load_matrix(gram, prompt, S), load_matrix(key, prompt, S)
-    top = tl.full((S.heads * S.padded,), -float("inf"), tl.float32)
-    total = tl.zeros((S.heads * S.padded,), tl.float32)
-    gathered = tl.zeros((blocks, height, S.join * S.width), tl.float32)
+    top, total, gathered = _nothing_yet(S)
     share = tl.zeros((S.heads * S.padded, S.heads * S.padded), tl.float32)
     for step in range(tl.cdiv(pixels, S.step)):
         tile, pixel = step // (64 // S.step), step % (64 // S.step) * S.step + tl.arange(0, S.step)
@@ -108,12 +130,9 @@ def sweep1_kernel(
         total = total * fade + tl.sum(weights, 1)
         weights = narrow(weights * r[None, :], DTYPE)
         share = multiply(weights, tl.trans(p0), share * fade[:, None], S)
-        gathered = gathered * tl.reshape(fade, (blocks, height, 1))
-        shared = load_values(values + tile * (3 * S.heads * 64 * S.lanes), 1, pixel, S)
-        gathered = multiply(in_blocks(weights, S), shared, gathered, S)
+        gathered = _gather(weights, values, tile, 1, pixel, gathered, fade, S)
     at, real = all_places(prompt, S)
-    channel = tl.arange(0, blocks)[:, None, None] * (S.join * S.width) + tl.arange(0, S.join * S.width)[None, None, :]
-    gathered = gathered / tl.reshape(total, (blocks, height, 1)) + tl.load(bias + channel)
+    gathered = gathered / tl.reshape(total, (blocks, height, 1)) + tl.load(bias + _channels(S))
     tl.store(out + at, gathered, mask=real)
     store_matrix(shares, prompt, share / total[:, None], S)
 
@@ -131,9 +150,7 @@ def sweep2_kernel(
     blocks: tl.constexpr = S.heads // S.join
     inner: tl.constexpr = S.heads * S.width
     prompt = tl.program_id(0).to(tl.int64)
-    place = tl.load(image + prompt)
-    bases += place * tiles * rows * 64
-    values += place * tiles * (3 * S.heads * 64 * S.lanes)
+    place, bases, values = _of_image(bases, values, image, prompt, rows, tiles, S)
     norms += place * 3 * tiles * 64
     r1 += prompt * tiles * 64
     r2 += prompt * tiles * 64
@@ -148,10 +165,8 @@ def sweep2_kernel(
     query, key0, key1 = load_matrix(query, prompt, S), load_matrix(key0, prompt, S), load_matrix(key1, prompt, S)
     gram0, gram01 = load_matrix(gram0, prompt, S), load_matrix(gram01, prompt, S)
     gram1 = load_matrix(gram1, prompt, S)
-    top = tl.full((S.heads * S.padded,), -float("inf"), tl.float32)
-    total = tl.zeros((S.heads * S.padded,), tl.float32)
+    top, total, gathered = _nothing_yet(S)
     share = tl.zeros((S.heads * S.padded,), tl.float32)
-    gathered = tl.zeros((blocks, height, S.join * S.width), tl.float32)
     share0 = tl.zeros((S.heads * S.padded, S.heads * S.padded), tl.float32)
     share1 = tl.zeros((S.heads * S.padded, S.heads * S.padded), tl.float32)
     for step in range(tl.cdiv(pixels, S.step)):
@@ -188,11 +203,9 @@ def sweep2_kernel(
         share1 = multiply(narrow(weights, DTYPE), tl.trans(p1), share1 * fade[:, None], S)
         weights = narrow(weights * r[None, :], DTYPE)
         share0 = multiply(weights, tl.trans(p0), share0 * fade[:, None], S)
-        gathered = gathered * tl.reshape(fade, (blocks, height, 1))
-        shared = load_values(values + tile * (3 * S.heads * 64 * S.lanes), 2, pixel, S)
-        gathered = multiply(in_blocks(weights, S), shared, gathered, S)
+        gathered = _gather(weights, values, tile, 2, pixel, gathered, fade, S)
     at, real = all_places(prompt, S)
-    channel = tl.arange(0, blocks)[:, None, None] * (S.join * S.width) + tl.arange(0, S.join * S.width)[None, None, :]
+    channel = _channels(S)
     beta, constant = tl.load(vectors + 3 * inner + channel), tl.load(vectors + 4 * inner + channel)
     total, share = tl.reshape(total, (blocks, height, 1)), tl.reshape(share, (blocks, height, 1))
     tl.store(out + at, (gathered + share * beta) / total + constant, mask=real)
