@@ -144,6 +144,29 @@ def _unsure(support, cut):
 
 
 @triton.jit
+def _program(
+    tiles, rows, columns, input_height, input_width, input_row_ratio, input_column_ratio, row_ratio, column_ratio
+):
+    # Its mask, its tile, and the axes: low_res to input and input to photo, down and then across.
+    axes = (
+        (rows, input_row_ratio),
+        (input_height, row_ratio),
+        (columns, input_column_ratio),
+        (input_width, column_ratio),
+    )
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, axes
+
+
+@triton.jit
+def _before_rows(x, begin, axes, FUSED: tl.constexpr):
+    # Of the photo's columns x, what every `_row` takes, and what the first one takes.
+    across = _tap(x, axes[3], FUSED)
+    a, b = _tap(across[0], axes[2], FUSED), _tap(across[1], axes[2], FUSED)
+    none = tl.zeros(x.shape, tl.float32)
+    return across, a, b, none, none, begin * 0 - 1, begin * 0 - 1
+
+
+@triton.jit
 def mask_measure_kernel(
     low_res, partial, tiles, height, width, rows, columns, input_height, input_width,
     input_row_ratio, input_column_ratio, row_ratio, column_ratio, high, low, cut,
@@ -151,14 +174,9 @@ def mask_measure_kernel(
     COPIES_INPUT: tl.constexpr, COPIES: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     # Program k * tiles + tile; low_res (K, rows, columns), partial (K, tiles, VALUES).
-    axes = (
-        (rows, input_row_ratio),
-        (input_height, row_ratio),
-        (columns, input_column_ratio),
-        (input_width, column_ratio),
+    k, tile, axes = _program(
+        tiles, rows, columns, input_height, input_width, input_row_ratio, input_column_ratio, row_ratio, column_ratio
     )
-    k = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
     strips = tl.cdiv(width, COLUMNS)
     low_res += k * rows * columns
     begin, left = tile // strips * ROWS, tile % strips * COLUMNS
@@ -171,10 +189,7 @@ def mask_measure_kernel(
     y1 = inner - 1
     support = _support(low_res, columns, begin, end, left, right, axes, ROWS, COLUMNS, SUPPORT, FUSED)
     if _unsure(support, high) | _unsure(support, low) | _unsure(support, cut):
-        across = _tap(tl.minimum(x, width - 1), axes[3], FUSED)
-        a, b = _tap(across[0], axes[2], FUSED), _tap(across[1], axes[2], FUSED)
-        top = tl.zeros((COLUMNS,), tl.float32)
-        bottom, top_at, bottom_at = top, begin * 0 - 1, begin * 0 - 1
+        across, a, b, top, bottom, top_at, bottom_at = _before_rows(tl.minimum(x, width - 1), begin, axes, FUSED)
         for step in range(ROWS):
             y = begin + step
             value, top, bottom, top_at, bottom_at = _row(
@@ -242,14 +257,9 @@ def mask_pack_kernel(
     COPIES_INPUT: tl.constexpr, COPIES: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     # Program k * tiles + tile of the image; low_res (K, rows, columns), masks (K, image_height, words).
-    axes = (
-        (rows, input_row_ratio),
-        (input_height, row_ratio),
-        (columns, input_column_ratio),
-        (input_width, column_ratio),
+    k, tile, axes = _program(
+        tiles, rows, columns, input_height, input_width, input_row_ratio, input_column_ratio, row_ratio, column_ratio
     )
-    k = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
     PER: tl.constexpr = COLUMNS // WORD
     strips = tl.cdiv(words, PER)
     low_res += k * rows * columns
@@ -269,10 +279,8 @@ def mask_pack_kernel(
     end, last = tl.maximum(end, begin + 1), tl.maximum(last, first)
     support = _support(low_res, columns, begin, end, first, last, axes, ROWS, COLUMNS, SUPPORT, FUSED)
     if touches & _unsure(support, cut):
-        across = _tap(tl.minimum(tl.maximum(x, 0), width - 1), axes[3], FUSED)
-        a, b = _tap(across[0], axes[2], FUSED), _tap(across[1], axes[2], FUSED)
-        top = tl.zeros((COLUMNS,), tl.float32)
-        bottom, top_at, bottom_at = top, begin * 0 - 1, begin * 0 - 1
+        clamped = tl.minimum(tl.maximum(x, 0), width - 1)
+        across, a, b, top, bottom, top_at, bottom_at = _before_rows(clamped, begin, axes, FUSED)
         for step in range(ROWS):
             y = above + step
             value, top, bottom, top_at, bottom_at = _row(
