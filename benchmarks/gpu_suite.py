@@ -80,6 +80,7 @@ PROOF = {
         "test_the_whole_chain[float16-0.0012-triton-cuda]",
         "test_prompts_of_several_images[triton-cuda]",
     ],
+    "decode-graphs": [f"test_tokens_by_cuda_graphs[{mode}]" for mode in ("no_grad", "inference_mode")],
     "gallery": ["test_gallery_on_a_gpu", "test_a_pass_of_photos_waits_for_nothing"],
     "transfer": [
         "test_one_copy_from_a_gpu",
@@ -337,7 +338,7 @@ def plan(arguments: argparse.Namespace, work: Path, out: Path) -> Generator[Step
         yield _sanitized(tests(f"{tool} ops", "tests/ops", "-m", "not slow", "-k", SMALL, settles=(tool,)), tool)
     benches = _benchmarks(arguments, out)
     yield from _sent(benches, ("op",))
-    on_device = ("match", "gallery", "transfer", "sharding", "decode-ahead", "image-encoder")
+    on_device = ("match", "gallery", "transfer", "sharding", "decode-ahead", "decode-graphs", "image-encoder")
     yield tests("tests on the GPU", "tests", "--ignore=tests/ops", "-m", "cuda", settles=on_device)
     yield from _sent(benches, KINDS[1:])
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from .decoding_ahead import masks_ahead
 from .memory import in_chunks, joined
+from .models.cache import states_of
+from .models.graphs import GraphCache
 from .models.sam import DecodedTokens, GridDecoder, Sam
 from .models.sam.grid_decoder import DecodedGrid, ImageBases
+from .models.sam.prompt_encoder import PromptEncoder
 from .ops.decode_sweeps import fast_operands
 from .predictor import encode_resized, photos_per_pass
 from .transfer import Upload, queues
@@ -55,6 +58,8 @@ class PointDecoder:
     sam: Sam
     dtype: torch.dtype
     pred_iou_thresh: float
+    # By grid: the state of the parameters that graphs may read, and the graphs of its tokens.
+    _recorded: dict[GridDecoder, tuple[tuple, GraphCache]] = field(default_factory=dict, init=False, compare=False)
 
     def __call__(
         self, embeddings: Tensor, coords: Sequence[Tensor], points_per_batch: int, wide: bool = False
@@ -101,17 +106,16 @@ class PointDecoder:
     def _wanted(self, iou: Tensor) -> Tensor:
         return iou > self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else torch.ones_like(iou, dtype=torch.bool)
 
-    def _sparse(self, coords: Tensor) -> tuple[Tensor, Tensor]:
-        labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
-        # Fourier features always in full precision
-        return self.sam.prompt_encoder(points=(coords.unsqueeze(1), labels), boxes=None, masks=None)
-
     def _decode_grid(self, embedding: Tensor, coords: Tensor, points_per_batch: int) -> Iterator[tuple[Tensor, ...]]:
         bases = self._grid.bases(embedding)
         for start in range(0, len(coords), self._grid.prompts_per_group):
             index = torch.arange(start, min(start + self._grid.prompts_per_group, len(coords)))
-            sparse, _ = self._sparse(coords[_filled(index, self._grid.prompts_per_group)])
-            decoded = self._grid_tokens(self._grid, bases, sparse[: len(index)])
+            sparse, _ = _embedded(self.sam.prompt_encoder, coords[_filled(index, self._grid.prompts_per_group)])
+
+            def tokens(start: int, stop: int, sparse=sparse) -> DecodedGrid:
+                return self._grid.tokens(bases, sparse[start:stop])
+
+            decoded = _joined(in_chunks(tokens, len(index), len(index)))
             keep = self._wanted(decoded.iou)
             keep[:, 0] = False
             alive = keep.any(dim=1).nonzero().squeeze(1)
@@ -123,7 +127,7 @@ class PointDecoder:
     def _decode_ahead(
         self, grid: GridDecoder, embeddings: Tensor, coords: Sequence[Tensor], points_per_batch: int
     ) -> Iterator[DecodedMasks]:
-        bases = grid.bases(embeddings)
+        bases, tokens = grid.bases(embeddings), self._tokens(grid)
         ranges = [
             (image, start, points[start : start + _PROMPTS_AHEAD])
             for image, points in enumerate(coords)
@@ -137,7 +141,7 @@ class PointDecoder:
                     parts.append((before + i, before + min(i + points_per_batch, len(points))))
                     owners.append((image, start - before))
                 before += len(points)
-            decoded = _joined([self._range_tokens(grid, bases, image, points) for image, _, points in chosen])
+            decoded = _joined([_image_tokens(tokens, bases, image, points) for image, _, points in chosen])
             keep = self._wanted(decoded.iou)
             if grid.dtype == torch.float16:
                 keep |= decoded.iou.isnan()
@@ -146,20 +150,15 @@ class PointDecoder:
                 image, shift = owners[masks.part]
                 yield DecodedMasks(image, masks.index // keep.shape[1] + shift, *masks[2:])
 
-    def _range_tokens(self, grid: GridDecoder, bases: ImageBases, image: int, coords: Tensor) -> DecodedGrid:
-        # from a group of prompts on, so that it doesn't matter which other images there are
-        size = grid.prompts_per_group
-        groups = torch.arange(len(coords), device=coords.device).split(size)
-        sparse = joined([self._sparse(coords[_filled(group, size)])[0][: len(group)] for group in groups])
-        return self._grid_tokens(grid, bases, sparse, torch.full_like(groups[0][:1], image).expand(len(sparse)))
-
-    def _grid_tokens(
-        self, grid: GridDecoder, bases: ImageBases, sparse: Tensor, image: Tensor | None = None
-    ) -> DecodedGrid:
-        def tokens(start: int, stop: int) -> DecodedGrid:
-            return grid.tokens(bases, sparse[start:stop], None if image is None else image[start:stop])
-
-        return _joined(in_chunks(tokens, len(sparse), len(sparse)))
+    def _tokens(self, grid: GridDecoder) -> Callable[..., DecodedGrid]:
+        """:func:`_point_tokens` of ``coords`` and bases, on a GPU as a CUDA graph."""
+        modules = self.sam.prompt_encoder, self.sam.mask_decoder
+        state = tuple(itertools.chain.from_iterable(map(states_of, modules)))
+        if grid not in self._recorded or self._recorded[grid][0] != state:
+            tokens = functools.partial(_point_tokens, self.sam.prompt_encoder, grid)  # holds no reference to us
+            self._recorded[grid] = state, GraphCache(tokens)
+        graphs = self._recorded[grid][1]
+        return graphs if self.sam.mask_decoder.cuda_graphs else graphs.function
 
     def _grid_masks(self, bases: ImageBases, decoded: DecodedGrid, wanted: Tensor) -> Tensor:
         def upscale(start: int, stop: int) -> Tensor:
@@ -202,7 +201,7 @@ class PointDecoder:
             yield embeddings.float()
 
     def _decode(self, embedding: Tensor, image_pe: Tensor, coords: Tensor) -> DecodedTokens:
-        sparse, dense = self._sparse(coords)
+        sparse, dense = _embedded(self.sam.prompt_encoder, coords)
 
         def decode(start: int, stop: int) -> DecodedTokens:
             # one dense embedding for all prompts: no mask input
@@ -229,6 +228,26 @@ class PointDecoder:
             low_res = joined(in_chunks(upscale, group_size, group_size))
         wanted = self._wanted(iou)
         return index[:, None].expand_as(iou)[wanted], low_res[: len(index)].float()[wanted], iou[wanted], len(index)
+
+
+def _embedded(encoder: PromptEncoder, coords: Tensor) -> tuple[Tensor, Tensor]:
+    labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
+    # Fourier features always in full precision
+    return encoder(points=(coords.unsqueeze(1), labels), boxes=None, masks=None)
+
+
+def _point_tokens(encoder: PromptEncoder, grid: GridDecoder, coords: Tensor, *bases: Tensor) -> DecodedGrid:
+    # of points (G, 2) on one image: from a group of prompts on, so that it doesn't matter how many others there are
+    size = grid.prompts_per_group
+    groups = torch.arange(len(coords), device=coords.device).split(size)
+    sparse = joined([_embedded(encoder, coords[_filled(group, size)])[0][: len(group)] for group in groups])
+    return grid.tokens(ImageBases(*bases), sparse)
+
+
+def _image_tokens(tokens: Callable[..., DecodedGrid], bases: ImageBases, image: int, coords: Tensor) -> DecodedGrid:
+    own = [x[image : image + 1] for x in bases]
+    decoded = _joined(in_chunks(lambda start, stop: tokens(coords[start:stop], *own), len(coords), len(coords)))
+    return decoded._replace(image=torch.full_like(decoded.image, image))
 
 
 def _joined(parts: list[DecodedGrid]) -> DecodedGrid:

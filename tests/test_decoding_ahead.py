@@ -1,11 +1,14 @@
 """Masks decoded ahead of a device's queue: those of the plain grid decoder, also by the Triton kernels."""
 
+import contextlib
+import copy
 import warnings
 
 import pytest
+import recorded_graphs
 import torch
 
-from pro2sam_fast.decoding import PointDecoder
+from pro2sam_fast.decoding import PointDecoder, _embedded, _image_tokens
 from pro2sam_fast.decoding_ahead import masks_ahead
 from pro2sam_fast.generator import MaskGenerator
 from pro2sam_fast.models.sam.grid_decoder import GridDecoder
@@ -67,7 +70,7 @@ def collected(batches):
 def test_the_masks_of_the_grid_decoder_in_their_order(sam):
     coords = points(70)
     plain = decoder(sam, torch.float32)
-    iou = plain._grid.tokens(plain._grid.bases(embedding()), plain._sparse(coords)[0]).iou[:, 1:]
+    iou = plain._grid.tokens(plain._grid.bases(embedding()), _embedded(sam.prompt_encoder, coords)[0]).iou[:, 1:]
     plain = decoder(sam, torch.float32, float(iou.quantile(0.6)))
     expected = collected(plain._decode_grid(embedding(), coords, 16))
     for size in (16, 7, 100):
@@ -96,7 +99,7 @@ def test_the_whole_chain(there, backend, dtype, most):
 def test_prompts_of_several_images(there, backend):
     grid = GridDecoder(there, torch.bfloat16, backend=backend.backend)
     images = embedding(2).to(backend.device)
-    sparse, _ = decoder(there, torch.bfloat16)._sparse(points(4).to(backend.device))
+    sparse, _ = _embedded(there.prompt_encoder, points(4).to(backend.device))
     image = torch.tensor([1, 0, 0, 1], device=backend.device)
     wanted = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1]], device=backend.device).bool()
     both = grid.bases(images)
@@ -166,6 +169,118 @@ def test_nothing_is_wanted(sam):
         assert ahead(decoder(sam, torch.float32), embedding(), points(0), 2) == []
 
 
+def tokens_of(made, images, coords):
+    """Of the same points on each image, by the graphs if there are any."""
+    bases, tokens = made._grid.bases(images), made._tokens(made._grid)
+    return [_image_tokens(tokens, bases, i, coords) for i in range(len(images))]
+
+
+def same_tokens(found, expected):
+    return all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tokens_by_replays_are_the_same(sam, monkeypatch, mode):
+    """For any images and points, of a part of a group and of several: nothing else in them depends on the call."""
+    recorded_graphs.use(monkeypatch)
+    made, encoder = decoder(sam, torch.float32), sam.prompt_encoder
+
+    def check(coords):
+        found = tokens_of(made, embedding(2), coords)
+        monkeypatch.setattr(sam.mask_decoder, "cuda_graphs", False)
+        assert same_tokens(found, tokens_of(made, embedding(2), coords))
+        assert [x.image.unique().tolist() for x in found] == [[0], [1]]
+        monkeypatch.setattr(sam.mask_decoder, "cuda_graphs", True)
+
+    with mode():
+        for coords in (*points(10).split(5), *points(140).split(70)):
+            check(coords)
+    graphs = made._recorded[made._grid][1]._graphs.values()
+    assert [graph.graph.replays for graph in graphs] == [3, 3]
+    before = copy.deepcopy(encoder.state_dict())
+    try:
+        with torch.no_grad():
+            encoder.point_embeddings[1].weight.add_(1)
+        with mode():
+            check(points(5))
+        encoder.load_state_dict(before, assign=True)
+        with mode():
+            check(points(5))
+    finally:
+        encoder.load_state_dict(before)
+    assert len(made._recorded) == 1
+
+
+@torch.no_grad()
+def test_galleries_by_replays_are_the_same(sam, monkeypatch):
+    options = {"points_per_side": 6, "pred_iou_thresh": -1.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    sizes = ((40, 64), (64, 64), (100, 30))
+    expected = MaskGenerator(sam, **options).generate_from_embeddings(embedding(3), sizes)
+    recorded_graphs.use(monkeypatch)
+    monkeypatch.setattr("pro2sam_fast.decoding.queues", lambda device: True)
+    generator = MaskGenerator(sam, **options)
+    tried, tokens = [], GridDecoder.tokens
+
+    def scarce(grid, bases, sparse, image=None):
+        tried.append(len(sparse))
+        if len(sparse) > 20:
+            raise torch.OutOfMemoryError
+        return tokens(grid, bases, sparse, image)
+
+    for short in (False, True):
+        if short:
+            monkeypatch.setattr(GridDecoder, "tokens", scarce)
+            generator = MaskGenerator(sam, **options)
+        with pytest.warns(RuntimeWarning, match="no CUDA graph") if short else contextlib.nullcontext():
+            found = generator.generate_from_embeddings(embedding(3), sizes)
+        for a, b in zip(found, expected, strict=True):
+            assert len(a) == len(b) == 108 and torch.equal(a.masks, b.masks)
+            assert torch.equal(a.predicted_iou, b.predicted_iou)
+    graphs = generator._decoder._recorded[generator._decoder._grid][1]
+    assert [graph is graphs.function for graph in graphs._graphs.values()] == [True, False]
+    assert {36, 18} == set(tried)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tokens_by_cuda_graphs(sam, mode):
+    """The bits of launches one by one, from any stream; two numbers of points share their memory; weights that change
+    are seen; results stay."""
+    if BackendCase("triton", "cuda").problem:
+        pytest.skip(BackendCase("triton", "cuda").problem)
+    before = copy.deepcopy(sam.prompt_encoder.state_dict())
+    sam.to("cuda")
+    try:
+        with mode(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "no CUDA graph")
+            made = PointDecoder(sam, torch.float16, -1.0)
+            images, groups = embedding(3).cuda(), [points(n).cuda() for n in (1024, 300)]
+            found = [tokens_of(made, images, coords) for _ in range(2) for coords in groups]
+            stream, late = torch.cuda.Stream(), torch.zeros_like(images)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+                late.copy_(images)
+                found += [tokens_of(made, late, coords) for coords in groups]
+            found += [tokens_of(made, images, coords) for coords in groups]
+            torch.cuda.current_stream().wait_stream(stream)
+            graphs = made._recorded[made._grid][1]._graphs
+            assert len(graphs) == 2 and all(hasattr(graph, "graph") for graph in graphs.values())
+            sam.mask_decoder.cuda_graphs = False
+            for i, coords in enumerate(groups):
+                expected = tokens_of(made, images, coords)
+                assert all(same_tokens(ours, expected) for ours in found[i::2])
+        sam.mask_decoder.cuda_graphs = True
+        with torch.no_grad():
+            sam.prompt_encoder.point_embeddings[1].weight.add_(1)
+        with mode():
+            changed = [tokens_of(made, images, groups[1]) for _ in range(2)]
+        assert same_tokens(changed[0], changed[1]) and not torch.equal(changed[0][0].iou, expected[0].iou)
+    finally:
+        sam.mask_decoder.cuda_graphs = True
+        sam.to("cpu").prompt_encoder.load_state_dict(before)
+
+
 @pytest.mark.cuda
 @torch.no_grad()
 def test_tokens_and_masks_in_a_cuda_graph(sam):
@@ -188,7 +303,7 @@ def test_tokens_and_masks_in_a_cuda_graph(sam):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = chain()
-    sparse.copy_(decoder(sam, torch.float16)._sparse(points(256).cuda())[0])
+    sparse.copy_(_embedded(sam.prompt_encoder, points(256).cuda())[0])
     graph.replay()
     torch.cuda.synchronize()
     iou, logits, index, count = chain()

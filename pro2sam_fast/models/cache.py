@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
 
-__all__ = ["state_of"]
+from torch import Tensor, nn
+
+__all__ = ["state_of", "states_of"]
 
 
 def state_of(tensor: Tensor | None) -> tuple[int, int]:
@@ -12,3 +14,12 @@ def state_of(tensor: Tensor | None) -> tuple[int, int]:
     if tensor is None:
         return 0, 0
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def states_of(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """:func:`state_of` all parameters and buffers."""
+    # without the module's own iterators, which take longer than a small encoder
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        yield state_of(tensor)
+    for child in module._modules.values():
+        yield from states_of(child)

@@ -4,13 +4,12 @@ references or, with TRITON_INTERPRET=1, their Triton kernels."""
 import copy
 
 import pytest
+import recorded_graphs
 import torch
 from torch import nn
 from toy_vit import CONFIGS, make
 
 from pro2sam_fast import memory
-from pro2sam_fast.models import graphs
-from pro2sam_fast.models.graphs import GraphCache
 from pro2sam_fast.models.sam import image_encoder_gpu
 from pro2sam_fast.models.sam.image_encoder_gpu import encode
 from pro2sam_fast.testing import BackendCase
@@ -133,35 +132,19 @@ def test_dtype_of_products(monkeypatch):
             assert dtype(x, parameter) == wanted
 
 
-def test_a_graph_from_the_second_call_on(monkeypatch):
-    class Recorded:
-        def __init__(self, function, x):
-            self.function = function
-
-        def __call__(self, x):
-            log.append("replayed")
-            return self.function(x)
-
-    log = []
-    monkeypatch.setattr(graphs, "_recordable", lambda x: True)
-    monkeypatch.setattr(graphs, "_Graph", Recorded)
-    cached = GraphCache(lambda x: x + 1, most=1)
-    for size, replayed in ((2, 0), (2, 1), (3, 1), (3, 1), (2, 2)):
-        assert torch.equal(cached(torch.zeros(size)), torch.ones(size)) and len(log) == replayed
-
-
-def test_without_graphs_after_one_warning(monkeypatch):
-    def fails(function, x):
-        raise RuntimeError("operation not permitted\nmore")
-
-    monkeypatch.setattr(graphs, "_recordable", lambda x: True)
-    monkeypatch.setattr(graphs, "_Graph", fails)
-    cached = GraphCache(lambda x: x + 1)
-    x = torch.zeros(2)
-    cached(x)
-    with pytest.warns(RuntimeWarning, match=r"recorded \(operation not permitted\); launches go one by one"):
-        assert torch.equal(cached(x), x + 1)
-    assert torch.equal(cached(x), x + 1) and not cached.enabled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replays_are_the_same_function(monkeypatch, dtype):
+    recorded_graphs.use(monkeypatch)
+    encoder = make(img_size=64, window_size=3)
+    batches = [images(encoder, 3)[i : i + 2] for i in (0, 1, 0, 1)]
+    with torch.inference_mode():
+        found = [encode(encoder, x, dtype) for x in batches]
+        encoder.cuda_graphs = False
+        for ours, x in zip(found, batches, strict=True):
+            assert torch.equal(ours, encode(encoder, x, dtype))
+    (_, _, cached), = image_encoder_gpu._forms[encoder].values()
+    (graph,) = cached._graphs.values()
+    assert graph.graph.replays == 3
 
 
 @pytest.mark.cuda

@@ -8,7 +8,6 @@ are the bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ...memory import in_chunks, joined
 from ...ops import add_layer_norm, relative_attention
-from ..cache import state_of
+from ..cache import states_of
 from ..graphs import GraphCache
 from .layers import resized_table
 
@@ -71,7 +70,7 @@ _forms: WeakKeyDictionary[nn.Module, dict[tuple, tuple[tuple, _Form, GraphCache]
 
 
 def _form(encoder: ImageEncoderViT, dtype: torch.dtype, backend: str) -> tuple[_Form, GraphCache]:
-    state = tuple(_states(encoder))
+    state = tuple(states_of(encoder))
     forms = _forms.setdefault(encoder, {})
     if (dtype, backend) not in forms or forms[dtype, backend][0] != state:
         forms.pop((dtype, backend), None)  # its memory first
@@ -79,14 +78,6 @@ def _form(encoder: ImageEncoderViT, dtype: torch.dtype, backend: str) -> tuple[_
             form = _Form(encoder, dtype, backend)
         forms[dtype, backend] = state, form, GraphCache(form.run)
     return forms[dtype, backend][1:]
-
-
-def _states(module: nn.Module) -> Iterator[tuple[int, int]]:
-    # without the module's own iterators, which take longer than a small encoder
-    for parameter in module._parameters.values():
-        yield state_of(parameter)
-    for child in module._modules.values():
-        yield from _states(child)
 
 
 class _Form:

@@ -38,6 +38,9 @@ class MaskDecoder(nn.Module):
         iou_head_depth, iou_head_hidden_dim: shape of the IoU head.
     """
 
+    # On a GPU: tokens of point prompts on an image are made by replays of a CUDA graph, see `decoding`.
+    cuda_graphs = True
+
     def __init__(
         self,
         *,
