@@ -121,7 +121,7 @@ def _logits(
     x = gelu(multiply(z, weight, None, S) + offset[None, :], S.exact)
     x = tl.reshape(x, (S.step, 4, C2))
     index = tl.arange(0, MASKS)
-    logits = tl.zeros((S.step, 4, MASKS), tl.float32)
+    logits = tl.zeros((x.shape[0], 4, MASKS), tl.float32)
     for m in tl.static_range(MASKS):
         if m < masks:
             vector = tl.load(hyper + (mask + m) * C2 + channel2)
