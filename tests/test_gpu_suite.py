@@ -87,7 +87,19 @@ def test_skipped_tests_settle_nothing(suite, tmp_path):
         assert runner.settled() == settled
 
 
+def test_the_order_of_a_tests_parameters_does_not_matter(suite, tmp_path, monkeypatch):
+    monkeypatch.setitem(suite.PROOF, "packing", ["test_a[float16-0.0012-triton-cuda]"])
+    report = tmp_path / "report.xml"
+    for name, settled in (("triton-cuda-float16-0.0012", ["packing"]), ("triton-cuda-float16-0.012", [])):
+        report.write_text(f"<testsuite><testcase name='test_a[{name}]'/></testsuite>")
+        runner = suite.Suite(tmp_path / "out", minutes=1)
+        runner.run(steps(suite.Step("tests", python(""), settles=("packing",), junit=report)))
+        assert runner.settled() == settled
+
+
 def test_proofs_are_items(suite):
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert all(f"def {name.partition('[')[0]}(" in tests for names in suite.PROOF.values() for name in names)
     items = suite.todo_items()
     assert len(items) == len(set(items)) and set(suite.PROOF) <= set(items)
     assert {f"{kind}-rows" for kind in suite.KINDS} <= set(items)
