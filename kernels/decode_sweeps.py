@@ -1,4 +1,5 @@
-"""Triton back end of `decode_sweep0`, `decode_sweep1` and `decode_sweep2`. Tensors are contiguous and checked.
+"""Triton back end of `decode_sweep0`, `decode_sweep1` and `decode_sweep2`. Tensors are contiguous, begin at
+multiples of 16 bytes, else registers spill, and are checked.
 
 A program sees all pixels of its prompt, `step` at a time, and keeps what it gathers in registers. The maps between the
 prompt's tokens (`couple_kernel`) are made before, and what the probabilities gathered goes through the maps after
@@ -288,6 +289,7 @@ AHEAD_OF_TIME = tuple(
         {**_SHARED, **own, "i32": "pixels", "i32:16": "rows tiles"},
         *(launches[sweep], operand),
         capabilities=(capability,),
+        aligned=(True,),
     )
     for operand in ("fp16", "bf16")
     for sweep, (kernel, own) in enumerate(_SWEEPS)

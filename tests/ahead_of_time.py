@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
-    "CAPABILITIES", "CUDA_FILES", "SHARED_LIMIT", "Resources", "TritonEntry", "compile_cuda", "compile_triton",
-    "cuda_kernels", "cuda_targets", "nvcc", "triton_entries", "triton_launched", "usage",
+    "CUDA_FILES", "Resources", "TritonEntry", "compile_cuda", "compile_triton", "cuda_kernels", "cuda_targets", "nvcc",
+    "triton_entries", "triton_launched",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,23 +135,17 @@ def compile_triton(entry: TritonEntry, capability: int, aligned: bool, folder: P
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(folder / "cache")
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=entry.options)
-    found, ptx = usage(compiled, folder), compiled.asm["ptx"]
-    assert f".target sm_{capability}" in ptx
-    return Resources(
-        *(entry.name, entry.describe(), f"sm_{capability}", found["REG"], found["STACK"] + found["LOCAL"]),
-        *(found["SHARED"], compiled.metadata.shared, _tensor_cores(ptx)),
-    )
-
-
-def usage(compiled, folder: Path) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of what Triton compiled, by way of a file in `folder`."""
-    import triton
-
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
     text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    ptx = compiled.asm["ptx"]
+    assert f".target sm_{capability}" in ptx
+    return Resources(
+        *(entry.name, entry.describe(), f"sm_{capability}", usage["REG"], usage["STACK"] + usage["LOCAL"]),
+        *(usage["SHARED"], compiled.metadata.shared, _tensor_cores(ptx)),
+    )
 
 
 def nvcc() -> str | None:

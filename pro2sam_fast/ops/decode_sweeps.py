@@ -417,6 +417,12 @@ def triton_limits(bases: torch.Tensor, tokens: torch.Tensor) -> str | None:
     return None
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Dense, from a multiple of 16 bytes on: else the registers of Triton's kernels spill."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def addresses(*tensors):
     """Of the first element of each."""
     return tuple(tensor.data_ptr() for tensor in tensors)
@@ -459,14 +465,14 @@ def _decode_sweep2_cpu(
 
 
 def _decode_sweep0_triton(bases, values, image, q, pixels):
-    bases, values, image, q = (x.contiguous() for x in (bases, values, image, q))
+    bases, values, image, q = map(aligned, (bases, values, image, q))
     out = torch.empty_like(q)
     triton_kernels("decode_sweeps").sweep0(bases, values, image, q, pixels, out)
     return out
 
 
 def _decode_sweep1_triton(bases, values, norms, positional, image, k0, v0, q1, maps, bias, pixels, channels, eps):
-    tensors = (x.contiguous() for x in (bases, values, norms, positional, image, k0, v0, q1, maps, bias))
+    tensors = map(aligned, (bases, values, norms, positional, image, k0, v0, q1, maps, bias))
     out, r1 = _empty_sweep(k0, norms)
     triton_kernels("decode_sweeps").sweep1(*tensors, pixels, channels, eps, out, r1)
     return out, r1
@@ -476,9 +482,8 @@ def _decode_sweep2_triton(
     bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, maps, vectors, beta_norm, pixels, channels, eps
 ):
     tensors = (bases, values, norms, positional, image, r1, k0, v0, k1, v1, qf, maps, vectors)
-    tensors = (x.contiguous() for x in tensors)
     out, r2 = _empty_sweep(k0, norms)
-    triton_kernels("decode_sweeps").sweep2(*tensors, beta_norm, pixels, channels, eps, out, r2)
+    triton_kernels("decode_sweeps").sweep2(*map(aligned, tensors), beta_norm, pixels, channels, eps, out, r2)
     return out, r2
 
 

@@ -21,6 +21,7 @@ from ._backends import check_call, register, triton_kernels
 from .decode_sweeps import (
     BASES,
     addresses,
+    aligned,
     attend_tokens,
     check_decode,
     check_images,
@@ -190,14 +191,8 @@ def _decode_upscale_triton(
 ):  # fmt: skip
     tensors = (bases, positional, image, r1, r2, k0, v0, k1, v1, hyper, first, query, maps, vectors, norm, weight, bias)
     out = _empty_upscale(hyper, height, width)
-    triton_kernels("decode_upscale").upscale(*map(_aligned, tensors), height, width, eps, out)
+    triton_kernels("decode_upscale").upscale(*map(aligned, tensors), height, width, eps, out)
     return out
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    # dense, from a multiple of 16 bytes on
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 register(
