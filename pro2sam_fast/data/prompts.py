@@ -15,7 +15,7 @@ from torch import Tensor
 from .segments import SegmentedPhoto
 
 # share of a batch drawn from each kind of source
-KIND_WEIGHTS = {"coco": 0.32, "bsds": 0.16, "foreground": 0.52}
+KIND_WEIGHTS = {"coco": 0.36, "bsds": 0.16, "foreground": 0.48}
 TARGETS = 3
 _MIN_AREA = 24
 
@@ -68,13 +68,13 @@ class PromptDataset(torch.utils.data.Dataset):
         for _ in range(self.batch):
             kind = self.kinds[rng.choice(len(self.kinds), p=self.weights)]
             photo = self.photos[int(rng.choice(self.by_kind[kind]))]
-            if self.by_kind["foreground"] and rng.random() < 0.3:
+            if self.by_kind["foreground"] and rng.random() < 0.45:
                 photo = _copy_paste(photo, self.photos[int(rng.choice(self.by_kind["foreground"]))], rng)
             image, maps, inside = augment(photo, self.size, rng)
             images.append(image)
             valid.append(inside)
             labels.append(maps[0])
-            prompts += [_sample_prompt(maps, photo.kind, mode, rng) for _ in range(self.prompts)]
+            prompts += [_sample_prompt(maps, photo, mode, rng) for _ in range(self.prompts)]
         points, point_labels, boxes, use_box, targets, target_valid = (np.stack(x) for x in zip(*prompts))
         targets = _shrink4(targets)
         return PromptBatch(
@@ -153,7 +153,7 @@ def _copy_paste(photo: SegmentedPhoto, other: SegmentedPhoto, rng: np.random.Gen
     return SegmentedPhoto(image, maps, photo.kind, (*photo.things, pasted))
 
 
-def _sample_prompt(maps: np.ndarray, kind: str, mode: str, rng: np.random.Generator):
+def _sample_prompt(maps: np.ndarray, photo: SegmentedPhoto, mode: str, rng: np.random.Generator):
     size = maps.shape[-1]
     # padding and unlabelled pixels count for nothing; a crop can leave an annotator without any segment
     counts = np.bincount(maps[0].ravel(), minlength=4)
@@ -167,20 +167,22 @@ def _sample_prompt(maps: np.ndarray, kind: str, mode: str, rng: np.random.Genera
     box = np.array([0, 0, 1, 1], np.float32)
     if len(ids) == 0:
         return points, point_labels, box, np.bool_(False), targets, target_valid
-    if kind == "foreground":
+    if photo.kind == "foreground":
         objects = [i for i in ids if i != 2]
         chosen = int(rng.choice(objects)) if objects and (rng.random() < 0.8 or 2 not in ids) else 2
         chosen = chosen if chosen in ids else int(ids[0])
-    elif rng.random() < 0.5:
-        chosen = int(rng.choice(ids))
     else:
-        chosen = int(rng.choice(ids, p=counts[ids] / counts[ids].sum()))
+        # in half of the cases a countable object, if the source tells; small segments less often than large ones
+        things = np.intersect1d(ids, photo.things)
+        among = things if len(things) and rng.random() < 0.5 else ids
+        weight = np.sqrt(counts[among])
+        chosen = int(rng.choice(among, p=weight / weight.sum()))
     mask = maps[0] == chosen
     inside = np.flatnonzero(mask)
     clicks = inside[rng.integers(0, len(inside), 8)]
     xy = np.stack([clicks % size, clicks // size], -1).astype(np.float32)
     ys, xs = inside // size, inside % size
-    if rng.random() < 0.35:
+    if rng.random() < 0.5:
         xy = xy[np.argsort(((xy - [xs.mean(), ys.mean()]) ** 2).sum(-1))]
     points[0], point_labels[0] = xy[0], 1
     for k in range(1, n):

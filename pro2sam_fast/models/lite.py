@@ -1,7 +1,9 @@
-"""The bundled `lite` models: GTFormer-lite, SAM-lite and the ImageNet label head over one EfficientNet-Lite0 trunk."""
+"""The bundled `lite` models: GTFormer-lite, SAM-lite and the ImageNet label head over one EfficientNet-Lite0 trunk, of
+which SAM-lite has some stages to itself."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from .trunk import FEATURE_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite0
 WEIGHTS = Path(__file__).parent.parent / "weights" / "lite.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_SHARED = {"gtformer": "patch_embed.trunk.", "sam": "image_encoder.trunk."}
+_TRUNKS = {"gtformer": "patch_embed.trunk.", "sam": "image_encoder.trunk."}
 GTFORMER_LITE = {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0, "drop_path": 0.05}
 
 
@@ -112,7 +114,8 @@ class LiteModel:
     """The bundled models, ready for a `Localizer`.
 
     coarse: GTFormer-lite. sam: SAM-lite. classifier: the trunk with its ImageNet-1k head. coarse and classifier take
-    the photo at 224 x 224 with ImageNet normalisation. All three share the trunk's weights.
+    the photo at 224 x 224 with ImageNet normalisation. All three share the trunk's weights, but for those of stages
+    that learned with SAM.
     class_names: of the classifier. coarse_class_names: of the coarse model's own logits. defaults: options of the
     generator, the matching and the localizer that suit these weights. card: how the weights came about.
     """
@@ -127,13 +130,17 @@ class LiteModel:
 
 
 def save_lite(path: str | Path, model: LiteModel) -> None:
-    """Writes one safetensors file: float16 weights (normalisation statistics stay float32), the rest as metadata."""
+    """Writes one safetensors file: float16 weights (normalisation statistics stay float32), the rest as metadata.
+
+    Of the trunks inside the models it holds only what differs from the label head's.
+    """
     parts = {"trunk": model.classifier.trunk, "gtformer": model.coarse, "sam": model.sam}
+    trunk = model.classifier.trunk.state_dict()
     tensors = {
         f"{part}.{name}": value.contiguous() if _keeps_float32(name) else value.half().contiguous()
         for part, module in parts.items()
         for name, value in module.state_dict().items()
-        if not _is_shared(part, name)
+        if not (_of_trunk(part, name) and torch.equal(value, trunk[name.removeprefix(_TRUNKS[part])]))
     }
     metadata = {
         name: json.dumps(getattr(model, name)) for name in ("class_names", "coarse_class_names", "defaults", "card")
@@ -178,9 +185,11 @@ def _assemble(tensors: dict[str, Tensor], path: Path) -> LiteModel:
         raise CheckpointError(f"Checkpoint {path} holds '{strangers[0]}', which is no part of lite; use another file.")
     trunk = EfficientNetLite0(len(class_names))
     coarse = make_gtformer_lite(len(coarse_class_names), trunk)
-    sam = make_sam_lite(trunk)
+    own = f"sam.{_TRUNKS['sam']}"
+    shared = {id(v): v for k, v in trunk.state_dict(keep_vars=True).items() if own + k not in tensors}
+    sam = make_sam_lite(copy.deepcopy(trunk, shared))
     for part, module in (("trunk", trunk), ("gtformer", coarse), ("sam", sam)):
-        state = {name: value for name, value in module.state_dict().items() if _is_shared(part, name)}
+        state = {name: value for name, value in module.state_dict().items() if _of_trunk(part, name)}
         state |= {k.removeprefix(f"{part}."): v.float() for k, v in tensors.items() if k.startswith(f"{part}.")}
         load_into(module, state, path)
     return LiteModel(
@@ -204,8 +213,8 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
-def _is_shared(part: str, name: str) -> bool:
-    return part in _SHARED and name.startswith(_SHARED[part])
+def _of_trunk(part: str, name: str) -> bool:
+    return part in _TRUNKS and name.startswith(_TRUNKS[part])
 
 
 def _keeps_float32(name: str) -> bool:

@@ -4,11 +4,15 @@
 
 DATA holds the folders named in :data:`SOURCES`. Stages: ``sam`` trains SAM-lite in phases of growing resolution,
 ``gtformer`` trains GTFormer-lite from labels alone, ``bundle`` writes ``RUN/lite.safetensors``, which
-``pro2sam_fast.load(RUN)`` opens. An interrupted stage continues where it stopped.
+``pro2sam_fast.load(RUN)`` opens, and its SHA-256 into ``RUN/weights.json``. An interrupted stage continues where it
+stopped.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,7 +48,8 @@ STAGES = ("sam", "gtformer", "bundle")
 
 
 def sam_phases() -> list[SamLiteConfig]:
-    """A start at 256 pixels, where a step is cheap, the rest at the 512 pixels of inference."""
+    """A start at 256 pixels, where a step is cheap, the rest at the 512 pixels of inference; at last two stages of the
+    trunk learn too."""
     return [
         SamLiteConfig(steps=4500, stop_at=2179, size=256, batch=16, prompts=8, lr=5e-4, final_lr=1e-4),
         SamLiteConfig(
@@ -60,6 +65,19 @@ def sam_phases() -> list[SamLiteConfig]:
             final_lr=1e-5,
             iou_weight=3,
             seed=2,
+            save_every=100,
+        ),
+        SamLiteConfig(
+            steps=2600,
+            size=512,
+            batch=6,
+            prompts=8,
+            lr=3e-4,
+            warmup=60,
+            final_lr=1e-5,
+            iou_weight=3,
+            tuned=(3, 4),
+            seed=3,
             save_every=100,
         ),
     ]
@@ -120,7 +138,7 @@ def train_sam_stage(
     photos = segmented_photos(data)
     for number, config in enumerate(recipe.sam):
         torch.manual_seed(config.seed)
-        sam = make_sam_lite(trunk)
+        sam = make_sam_lite(copy.deepcopy(trunk))
         if start is not None:
             sam.load_state_dict(start, strict=False)
         folder = run / f"sam{number}"
@@ -151,10 +169,13 @@ def bundle(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) 
     sources = labelled_photos(data)
     kept = sources[:-1]
     classes = [name for source in kept for name in source.classes]
-    sam = make_sam_lite(trunk)
-    numbers = range(len(recipe.sam))[-recipe.souped :]
-    phases = [_latest(run / f"sam{number}")["average"] for number in numbers]
-    sam.load_state_dict({k: sum(phase[k] for phase in phases) / len(phases) for k in phases[0]}, strict=False)
+    sam = make_sam_lite(copy.deepcopy(trunk))
+    start = sam.state_dict()
+    phases = [_latest(run / f"sam{number}")["average"] for number in range(len(recipe.sam))[-recipe.souped :]]
+    learned = set().union(*phases)
+    sam.load_state_dict(
+        {k: sum(phase.get(k, start[k]) for phase in phases) / len(phases) for k in learned}, strict=False
+    )
     state = _latest(run / "gtformer")["model"]
     state["head.weight"], state["head.bias"] = state["head.weight"][: len(classes)], state["head.bias"][: len(classes)]
     coarse: GTFormer = make_gtformer_lite(len(classes), trunk)
@@ -163,6 +184,9 @@ def bundle(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) 
     card = {"recipe": asdict(recipe), "sources": SOURCES}
     model = LiteModel(coarse, sam, LabelHead(trunk), sources[-1].classes, classes, recipe.defaults, card)
     save_lite(path, model)
+    content = path.read_bytes()
+    known = {path.name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
+    path.with_name("weights.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -202,7 +226,8 @@ def train_lite(
     if "sam" in stages:
         weights = None
         if start is not None:
-            weights = trainable_state(load_sam_lite(None if str(start) == "lite" else start))
+            tuned = [stage for config in recipe.sam for stage in config.tuned]
+            weights = trainable_state(load_sam_lite(None if str(start) == "lite" else start), tuned)
         train_sam_stage(data, run, recipe, trunk, weights)
     if "gtformer" in stages:
         train_gtformer_stage(data, run, recipe, trunk)

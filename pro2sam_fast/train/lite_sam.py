@@ -1,4 +1,5 @@
-"""Training of SAM-lite: prompt encoder, mask decoder and the neck of the image encoder over a frozen trunk.
+"""Training of SAM-lite: prompt encoder, mask decoder and the neck of the image encoder over a trunk that is frozen, or
+of which a few stages learn.
 
 Losses: binary cross entropy + dice on the low-resolution logits, the best of three masks per target (Kirillov et al.
 2023, appendix A), squared error on the predicted IoU, and a dense auxiliary loss that asks embedding pixels of one
@@ -11,6 +12,7 @@ import csv
 import math
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,13 +26,16 @@ from ..models.trunk import EfficientNetLite0
 from .checkpoint import load_latest, save_checkpoint
 from .optimizer import decay_groups
 
+_TRUNK = "image_encoder.trunk."
+
 
 @dataclass
 class SamLiteConfig:
     """One phase of the schedule. A later phase continues from an earlier one's averaged weights.
 
     steps: length of the learning-rate schedule; stop_at: end earlier on it. size: input pixels of the long side (the
-    embedding is size / 16). batch: photos a step. prompts: prompts a photo.
+    embedding is size / 16). batch: photos a step. prompts: prompts a photo. tuned: stages of the trunk that learn, at
+    ``trunk_lr`` times the learning rate; their batch norms keep their statistics.
     """
 
     steps: int = 4000
@@ -46,6 +51,8 @@ class SamLiteConfig:
     ema: float = 0.998
     affinity_weight: float = 0.3
     iou_weight: float = 1.0
+    tuned: tuple[int, ...] = ()
+    trunk_lr: float = 0.2
     seed: int = 0
     save_every: int = 200
 
@@ -74,12 +81,12 @@ class AffinityHead(nn.Module):
 def forward_batch(sam: Sam, trunk: EfficientNetLite0, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Low-resolution logits (B, 4, m, m) of all four masks, predicted IoU (B, 4), image embedding (Bi, 256, e, e).
 
-    ``trunk`` is the frozen feature extractor (``sam``'s own, or its folded copy).
+    ``trunk`` is the feature extractor (``sam``'s own, or its copy with folded norms).
     """
     size = batch.images.shape[-1]
     x = (batch.images - sam.pixel_mean) / sam.pixel_std * batch.valid[:, None]
     encoder, prompts = sam.image_encoder, sam.prompt_encoder
-    with torch.no_grad():
+    with torch.set_grad_enabled(any(p.requires_grad for p in trunk.parameters())):
         features = trunk.features(x)
     embedding = encoder.embed(features)
     pe = prompts.pe_layer((size // 16, size // 16)).unsqueeze(0)
@@ -149,9 +156,22 @@ def learning_rate(step: int, config: SamLiteConfig) -> float:
     return config.final_lr + 0.5 * (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress))
 
 
-def trainable_state(sam: Sam) -> dict[str, Tensor]:
-    """State dict without the frozen trunk."""
-    return {k: v for k, v in sam.state_dict().items() if not k.startswith("image_encoder.trunk.")}
+def trainable_state(sam: Sam, tuned: Sequence[int] = ()) -> dict[str, Tensor]:
+    """State dict without the trunk, but for the weights of its stages ``tuned``."""
+    stages = tuple(f"{_TRUNK}net.blocks.{stage}." for stage in tuned)
+    return {
+        k: v
+        for k, v in sam.state_dict().items()
+        if not k.startswith(_TRUNK) or (k.startswith(stages) and k.endswith(("weight", "bias")))
+    }
+
+
+def partly_folded(trunk: EfficientNetLite0, tuned: Sequence[int]) -> EfficientNetLite0:
+    """Its folded copy, but with the very stages ``tuned``, whose weights learn."""
+    folded = trunk.folded()
+    for stage in tuned:
+        folded.net.blocks[stage] = trunk.net.blocks[stage].requires_grad_(True)
+    return folded
 
 
 def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, workers: int = 1) -> Path:
@@ -164,11 +184,18 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
     sam.requires_grad_(True)
     sam.image_encoder.trunk.requires_grad_(False)
     sam.mask_decoder.train()
-    trunk = sam.image_encoder.trunk.folded()
+    trunk = partly_folded(sam.image_encoder.trunk, config.tuned)
     affinity = AffinityHead()
-    parameters = [p for p in [*sam.parameters(), *affinity.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
-    average = {k: v.clone() for k, v in trainable_state(sam).items()}
+    stages = [p for p in trunk.parameters() if p.requires_grad]
+    rest = [p for name, p in sam.named_parameters() if not name.startswith(_TRUNK)] + list(affinity.parameters())
+    parameters = [*rest, *stages]
+    groups = [
+        {**group, "scale": scale}
+        for part, scale in ((rest, 1.0), (stages, config.trunk_lr))
+        for group in decay_groups(part, config.weight_decay)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+    average = {k: v.clone() for k, v in trainable_state(sam, config.tuned).items()}
     start = 0
     if (state := load_latest(run)) is not None:
         sam.load_state_dict(state["model"], strict=False)
@@ -181,7 +208,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
             run,
             step,
             {
-                "model": trainable_state(sam),
+                "model": trainable_state(sam, config.tuned),
                 "affinity": affinity.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "average": average,
@@ -207,7 +234,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
     try:
         for step, batch in enumerate(loader, start + 1):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, config)
+                group["lr"] = group["scale"] * learning_rate(step - 1, config)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, iou, embedding = forward_batch(sam, trunk, batch)
                 out = mask_losses(logits, iou, batch, config.iou_weight)
@@ -222,7 +249,8 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
             optimizer.step()
             decay = min(config.ema, step / (step + 20))
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.values()), list(trainable_state(sam).values()), 1 - decay)
+                now = trainable_state(sam, config.tuned)
+                torch._foreach_lerp_(list(average.values()), list(now.values()), 1 - decay)
             for k, v in out.items():
                 sums[k] = sums.get(k, 0.0) + v.item()
             if step % 50 == 0:

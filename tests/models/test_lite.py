@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +48,9 @@ def test_round_trip(model, path):
     read = load_lite(path.parent)
     assert (read.class_names, read.coarse_class_names) == (model.class_names, model.coarse_class_names)
     assert (read.defaults, read.card) == ({"points_per_side": 8}, {"seed": 1})
-    assert read.coarse.patch_embed.trunk is read.sam.image_encoder.trunk is read.classifier.trunk
+    assert read.coarse.patch_embed.trunk is read.classifier.trunk
+    inside = read.sam.image_encoder.trunk.parameters()
+    assert all(a is b for a, b in zip(inside, read.classifier.trunk.parameters(), strict=True))
     for part in ("coarse", "sam", "classifier"):
         for (name, a), b in zip(getattr(model, part).state_dict().items(), getattr(read, part).state_dict().values()):
             assert torch.equal(a if "running" in name or "num_batches" in name else a.half().float(), b), name
@@ -55,6 +60,25 @@ def test_the_trunk_is_stored_once(path):
     names = load_file(path)
     assert not [name for name in names if name.startswith(("sam.image_encoder.trunk.", "gtformer.patch_embed.trunk."))]
     assert path.stat().st_size < 25e6
+
+
+def test_stages_that_sam_has_to_itself(model, tmp_path):
+    mine = copy.deepcopy(model.classifier.trunk)
+    with torch.no_grad():
+        mine.net.blocks[3][0].conv_pw.weight.mul_(0.5)
+    path = tmp_path / "lite.safetensors"
+    save_lite(path, replace(model, sam=make_sam_lite(mine)))
+    own = "image_encoder.trunk.net.blocks.3.0.conv_pw.weight"
+    assert [name for name in load_file(path) if name.startswith("sam.image_encoder.trunk.")] == [f"sam.{own}"]
+    read = load_lite(path)
+    weights, shared = read.sam.state_dict(keep_vars=True), read.classifier.trunk.state_dict(keep_vars=True)
+    assert torch.equal(weights[own], mine.net.blocks[3][0].conv_pw.weight.half().float())
+    prefix = "image_encoder.trunk."
+    assert [prefix + name for name, value in shared.items() if weights[prefix + name] is not value] == [own]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        found, others = read.sam.image_encoder.trunk.features(x), read.classifier.trunk.features(x)
+    assert [torch.equal(a, b) for a, b in zip(found, others)] == [True, True, False, False]
 
 
 def test_sam_alone_from_a_bundle_or_a_plain_state_dict(model, path, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -85,7 +86,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(lite, "load_pretrained_trunk", lambda: trunk)
     small = {"steps": 2, "size": 64, "batch": 2, "prompts": 2, "warmup": 1}
     return lite.LiteRecipe(
-        sam=[SamLiteConfig(**small), SamLiteConfig(**small, seed=1)],
+        sam=[SamLiteConfig(**small), SamLiteConfig(**small, seed=1, tuned=(3,))],
         gtformer=GTFormerLiteConfig(views=(2, 1, 1), steps=2, batch=6, warmup=1),
         defaults={"points_per_side": 2, "pred_iou_thresh": -1.0, "stability_score_thresh": 0.0},
     )
@@ -95,6 +96,9 @@ def test_from_photos_to_a_model_folder(data, tiny, tmp_path):
     before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
     path = lite.train_lite(data, tmp_path, recipe=tiny)
     assert path == tmp_path / "lite.safetensors"
+    content = path.read_bytes()
+    known = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert json.loads((tmp_path / "weights.json").read_text()) == {"lite.safetensors": known}
     localizer = pro2sam_fast.load(tmp_path, device="cpu")
     assert localizer.class_names == ("thing 0", "thing 1", "thing 2")
     (result,) = localizer(data / "imagenet1k_one_per_class/n00000000_thing_0.JPEG")
@@ -105,7 +109,7 @@ def test_from_photos_to_a_model_folder(data, tiny, tmp_path):
     assert all(torch.equal(value, first[name]) for name, value in load_file(path).items())
     assert before == {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
     # another run can begin with these weights; a learning rate of zero leaves them as they are
-    tiny.sam = [SamLiteConfig(steps=1, size=64, batch=2, prompts=2, lr=0.0, final_lr=0.0)]
+    tiny.sam = [SamLiteConfig(steps=1, size=64, batch=2, prompts=2, lr=0.0, final_lr=0.0, tuned=(3,))]
     lite.train_lite(data, tmp_path / "next", stages=["sam"], recipe=tiny, start=tmp_path)
     weights = load_latest(tmp_path / "next" / "sam0")["model"]
     assert all(torch.equal(value, first[f"sam.{name}"].float()) for name, value in weights.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -118,18 +120,22 @@ def test_folded_trunk_equals_the_trunk(trunk):
         torch.testing.assert_close(trunk.folded()(x), trunk(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_stopped_run_ends_with_the_weights_of_an_unbroken_one(trunk, tmp_path):
-    results = []
+@pytest.mark.parametrize("tuned", [(), (3, 4)])
+def test_a_stopped_run_ends_with_the_weights_of_an_unbroken_one(trunk, tmp_path, tuned):
+    results, before = [], copy.deepcopy(trunk.state_dict())
     for name, stops in (("whole", [None]), ("broken", [2, None])):
         for stop in stops:
             torch.manual_seed(0)
-            sam = make_sam_lite(trunk, SIZE)
-            train_sam_lite(sam, photos(), config(stop_at=stop), tmp_path / name, workers=0)
+            sam = make_sam_lite(copy.deepcopy(trunk), SIZE)
+            train_sam_lite(sam, photos(), config(stop_at=stop, tuned=tuned), tmp_path / name, workers=0)
         results.append(load_latest(tmp_path / name))
     whole, broken = results
     assert whole["step"] == broken["step"] == 4
     for part in ("model", "average", "affinity"):
         assert all(torch.equal(v, broken[part][k]) for k, v in whole[part].items()), part
+    after = sam.image_encoder.trunk.state_dict()
+    changed = {name.split(".")[2] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {str(stage) for stage in tuned}
 
 
 def test_an_unreadable_newest_checkpoint_is_passed_over(tmp_path):
