@@ -17,7 +17,9 @@ import torch
 from rows import RESULTS, append, environment
 
 import pro2sam_fast
-from pro2sam_fast.models.lite import weights_file
+from pro2sam_fast.models.lite import LabelHead, weights_file
+from pro2sam_fast.models.trunk import load_pretrained_trunk
+from pro2sam_fast.pipelines.pro2sam import PhotoNet
 
 PARTS = ("cub", "cam", "clicks", "regions", "things", "labels")
 
@@ -40,8 +42,9 @@ def measure(part: str, localizer, data: Path, split: str) -> tuple[str, int, dic
     coco_split = "val" if split == "test" else "train"
     if part == "labels":
         paths = sorted((data / "imagenet1k_one_per_class").iterdir())
-        top1 = accuracy.label_accuracy(localizer, paths)
-        return "label, one photo for each ImageNet class", len(paths), {"top1": top1}
+        heads = {"top1": localizer.classifier.model, "original_top1": LabelHead(load_pretrained_trunk())}
+        metrics = {name: accuracy.label_accuracy(PhotoNet(head), paths) for name, head in heads.items()}
+        return "label, one photo for each ImageNet class", len(paths), metrics
     if part == "regions":
         photos = accuracy.bsds_segments(data / "bsds500", coco_split)
         metrics = accuracy.click_accuracy(localizer.sam, photos)

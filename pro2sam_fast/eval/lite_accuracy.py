@@ -15,7 +15,7 @@ from ..data.cub import CubPhoto, load_cub
 from ..data.segments import SegmentedPhoto, bsds, coco_panoptic
 from ..io import read_image
 from ..models.sam import Sam
-from ..pipelines.pro2sam import Localizer
+from ..pipelines.pro2sam import Localizer, PhotoNet
 from ..predictor import SamPredictor
 from ..results import Localization
 from ..train.lite_gtformer import class_activation_map
@@ -148,10 +148,9 @@ def things_hit(results: Sequence[Localization], photos: Sequence[tuple[Segmented
 
 
 @torch.inference_mode()
-def label_accuracy(localizer: Localizer, paths: Sequence[Path]) -> float:
+def label_accuracy(classifier: PhotoNet, paths: Sequence[Path]) -> float:
     """Percent of photos whose label is their index in ``paths``; the label head alone, without a gallery."""
     right = 0
     for index, path in enumerate(paths):
-        x = localizer.classifier.prepare(read_image(path)).unsqueeze(0)
-        right += int(localizer.classifier(x).argmax()) == index
+        right += int(classifier(classifier.prepare(read_image(path)).unsqueeze(0)).argmax()) == index
     return 100 * right / len(paths)
