@@ -39,7 +39,7 @@ SOURCES = {
     "foreground": "8-bit foreground masks for cub10, caltech101_24 and imagenet1k_one_per_class",
 }
 LITE_DEFAULTS = {
-    "points_per_side": 16,
+    "points_per_side": 14,
     "pred_iou_thresh": 0.4,
     "stability_score_thresh": 0.6,
     "min_mask_region_area": 100,
