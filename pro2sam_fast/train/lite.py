@@ -50,36 +50,23 @@ STAGES = ("sam", "gtformer", "bundle")
 def sam_phases() -> list[SamLiteConfig]:
     """A start at 256 pixels, where a step is cheap, the rest at the 512 pixels of inference; at last two stages of the
     trunk learn too."""
+    late = {
+        "size": 512,
+        "batch": 6,
+        "prompts": 8,
+        "warmup": 60,
+        "final_lr": 1e-5,
+        "iou_weight": 3,
+        "save_every": 100,
+    }
     return [
         SamLiteConfig(steps=4500, stop_at=2179, size=256, batch=16, prompts=8, lr=5e-4, final_lr=1e-4),
         SamLiteConfig(
             steps=2100, size=512, batch=6, prompts=6, lr=3e-4, warmup=50, final_lr=1e-5, seed=1, save_every=100
         ),
-        SamLiteConfig(
-            steps=2000,
-            size=512,
-            batch=6,
-            prompts=8,
-            lr=3e-4,
-            warmup=60,
-            final_lr=1e-5,
-            iou_weight=3,
-            seed=2,
-            save_every=100,
-        ),
-        SamLiteConfig(
-            steps=2600,
-            size=512,
-            batch=6,
-            prompts=8,
-            lr=3e-4,
-            warmup=60,
-            final_lr=1e-5,
-            iou_weight=3,
-            tuned=(3, 4),
-            seed=3,
-            save_every=100,
-        ),
+        SamLiteConfig(steps=2000, lr=3e-4, seed=2, **late),
+        SamLiteConfig(steps=2600, lr=3e-4, seed=3, tuned=(3, 4), **late),
+        SamLiteConfig(steps=850, lr=2e-4, seed=4, tuned=(3, 4), **late),
     ]
 
 
