@@ -42,8 +42,8 @@ def measure(part: str, localizer, data: Path, split: str) -> tuple[str, int, dic
     coco_split = "val" if split == "test" else "train"
     if part == "labels":
         paths = sorted((data / "imagenet1k_one_per_class").iterdir())
-        heads = {"top1": localizer.classifier.model, "original_top1": LabelHead(load_pretrained_trunk())}
-        metrics = {name: accuracy.label_accuracy(PhotoNet(head), paths) for name, head in heads.items()}
+        heads = {"top1": localizer.classifier, "original_top1": PhotoNet(LabelHead(load_pretrained_trunk()))}
+        metrics = {name: accuracy.label_accuracy(head, paths) for name, head in heads.items()}
         return "label, one photo for each ImageNet class", len(paths), metrics
     if part == "regions":
         photos = accuracy.bsds_segments(data / "bsds500", coco_split)

@@ -35,7 +35,8 @@ class SamLiteConfig:
 
     steps: length of the learning-rate schedule; stop_at: end earlier on it. size: input pixels of the long side (the
     embedding is size / 16). batch: photos a step. prompts: prompts a photo. tuned: stages of the trunk that learn, at
-    ``trunk_lr`` times the learning rate; their batch norms keep their statistics.
+    ``trunk_lr`` times the learning rate; their batch norms keep their statistics. Later phases must name them too, or
+    what they learned is lost.
     """
 
     steps: int = 4000
@@ -86,7 +87,8 @@ def forward_batch(sam: Sam, trunk: EfficientNetLite0, batch: PromptBatch) -> tup
     size = batch.images.shape[-1]
     x = (batch.images - sam.pixel_mean) / sam.pixel_std * batch.valid[:, None]
     encoder, prompts = sam.image_encoder, sam.prompt_encoder
-    with torch.set_grad_enabled(any(p.requires_grad for p in trunk.parameters())):
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in trunk.parameters())
+    with torch.set_grad_enabled(learns):
         features = trunk.features(x)
     embedding = encoder.embed(features)
     pe = prompts.pe_layer((size // 16, size // 16)).unsqueeze(0)
