@@ -47,7 +47,8 @@ class Localization:
     orig_shape: (h, w), None if the photo couldn't be read.
     box: (x0, y0, x1, y1) float, half-open: 0 <= x0 < x1 <= w. None only with `error`.
     mask: bool (h, w), the same object. None only with `error`.
-    score: 0..1, IoU of the mask with the binarised coarse map at matching resolution; 0 for `source="full"`.
+    score: 0..1, IoU of the mask with the binarised coarse map at matching resolution, less for masks along the photo's
+        borders with `border_sigma`; 0 unless `source="sam"`.
     label, label_name, label_score: class index, its name, its softmax probability; None without a classifier (or
     names).
     coarse: float32 (h', w'), coarse localisation map, 0..1, stretched over the whole photo.

@@ -43,7 +43,7 @@ examples:
 exit status: 0 all photos done, 1 some were skipped or the run failed, 2 wrong usage, 130 interrupted
 """
 
-_MATCHING_OPTIONS = ("prompt_threshold", "match_resolution", "drop_full_frame", "min_score", "box")
+_MATCHING_OPTIONS = ("prompt_threshold", "match_resolution", "drop_full_frame", "border_sigma", "min_score", "box")
 
 
 def parser() -> ArgumentParser:
@@ -97,6 +97,12 @@ def parser() -> ArgumentParser:
         type=true_or_false,
         metavar="{true,false}",
         help="never choose a mask that reaches all four borders",
+    )
+    group.add_argument(
+        "--border-sigma",
+        type=number,
+        metavar="X",
+        help="the smaller, the less are masks chosen that lie along the photo's borders (1.5 in 'lite', else off)",
     )
     group.add_argument(
         "--min-score", type=number, metavar="X", help="use the coarse map itself if no mask matches better than this"

@@ -16,6 +16,8 @@ from .segments import SegmentedPhoto
 
 # share of a batch drawn from each kind of source
 KIND_WEIGHTS = {"coco": 0.36, "bsds": 0.16, "foreground": 0.48}
+# probability of 0, 1, 2, ... objects of other photos pasted on a photo
+PASTED = (0.45, 0.25, 0.18, 0.12)
 TARGETS = 3
 _MIN_AREA = 24
 
@@ -68,8 +70,9 @@ class PromptDataset(torch.utils.data.Dataset):
         for _ in range(self.batch):
             kind = self.kinds[rng.choice(len(self.kinds), p=self.weights)]
             photo = self.photos[int(rng.choice(self.by_kind[kind]))]
-            if self.by_kind["foreground"] and rng.random() < 0.45:
-                photo = _copy_paste(photo, self.photos[int(rng.choice(self.by_kind["foreground"]))], rng)
+            if self.by_kind["foreground"]:
+                for other in rng.choice(self.by_kind["foreground"], rng.choice(len(PASTED), p=PASTED)):
+                    photo = _copy_paste(photo, self.photos[int(other)], rng)
             image, maps, inside = augment(photo, self.size, rng)
             images.append(image)
             valid.append(inside)
@@ -137,7 +140,7 @@ def _copy_paste(photo: SegmentedPhoto, other: SegmentedPhoto, rng: np.random.Gen
     ys, xs = np.nonzero(other.maps[0] == 1)
     box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
     h, w = photo.image.shape[:2]
-    scale = rng.uniform(0.25, 0.6) * max(h, w) / max(box[2] - box[0], box[3] - box[1])
+    scale = np.exp(rng.uniform(np.log(0.12), np.log(0.7))) * max(h, w) / max(box[2] - box[0], box[3] - box[1])
     nw, nh = (max(4, min(int(s * scale), lim)) for s, lim in ((box[2] - box[0], w), (box[3] - box[1], h)))
     patch = np.asarray(Image.fromarray(other.image).resize((nw, nh), Image.BILINEAR, box=box))
     alpha = np.asarray(

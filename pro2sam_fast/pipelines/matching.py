@@ -17,7 +17,7 @@ from ..boxes import Box, iou_exact, largest_component, largest_component_box, ma
 from ..errors import ConfigError, Pro2SamError
 from ..gallery import MaskGallery
 from ..memory import items_per_chunk, joined
-from ..ops import mask_match, pack_masks, unpack_masks
+from ..ops import mask_match, pack_masks, popcount, unpack_masks
 from ..ops.mask_measure import boxes_of_packed
 from ..rle import packed_to_dense
 from ..transfer import in_step, queues, to_device
@@ -39,11 +39,12 @@ class MatchResult:
 
     Attributes:
         index: of the mask in the gallery; -1 unless `source` is "sam".
-        score: its similarity; 0 unless `source` is "sam".
+        score: its entry of `scores`; 0 unless `source` is "sam".
         predicted_iou: SAM's own estimate for it; NaN unless `source` is "sam".
         source: "sam", a gallery mask; "coarse", the largest region of the coarse map; "full", the whole frame.
         mask: bool (H, W).
-        scores: float32 (K,), similarity of every gallery mask, also of those the filter dropped.
+        scores: float32 (K,), of every gallery mask, also of those the filter dropped: its similarity to the map, times
+            what `border_sigma` leaves of it.
         kept: bool (K,), False for masks that the filter dropped.
     """
 
@@ -79,6 +80,7 @@ def matching(
     similarity: str = "mask",
     drop_full_frame: bool = True,
     min_region_gallery: int = 10,
+    border_sigma: float | None = None,
     min_score: float = 0.0,
     on_empty: str = "coarse",
     coarse_threshold: float = 0.4,
@@ -95,6 +97,9 @@ def matching(
             "mask+bbox", their sum. The last two are the paper's ablation, which doesn't state how boxes are combined.
         drop_full_frame: leave out masks whose box is the whole frame, see `fills_frame`.
         min_region_gallery: smallest region in pixels for that box.
+        border_sigma: multiply scores by exp(-b^2 / (2 border_sigma^2)), where b, the mask's pixels along the borders
+            over the root of its area, tells background from objects (boundary connectivity; Zhu et al., CVPR 2014).
+            None: don't, as in the paper.
         min_score: a best score that doesn't exceed it falls back.
         on_empty: "coarse" falls back to the largest region of the map where it, min-max normalised, lies above
             `coarse_threshold`, and to the whole frame if there is none. "raise" never falls back: no mask left is an
@@ -123,11 +128,17 @@ def matching(
         raise ConfigError(f"drop_full_frame must be True or False, got {drop_full_frame!r}")
     if not isinstance(min_region_gallery, Integral) or min_region_gallery < 0:
         raise ConfigError(f"min_region_gallery must be a number of pixels, got {min_region_gallery!r}")
+    if border_sigma is not None and not (isinstance(border_sigma, Real) and 0 < border_sigma < math.inf):
+        raise ConfigError(f"border_sigma must be a positive number or None, got {border_sigma!r}")
     coarse_map = _check_map(coarse_map).to(gallery.masks.device)
     masks, binary = _at_resolution(gallery, coarse_map, prompt_threshold, match_resolution)
     compared = mask_match(masks.flatten(1), pack_masks(binary).flatten())[0]
-    flags = _frame_flags(gallery.masks, gallery.size[1], min_region_gallery) if drop_full_frame else ()
-    finite, coarse_map, compared, *flags = yield [coarse_map.isfinite().all(), coarse_map, compared, *flags]
+    needed = [coarse_map.isfinite().all(), coarse_map, compared]
+    if drop_full_frame:
+        needed += _frame_flags(gallery.masks, gallery.size[1], min_region_gallery)
+    if border_sigma is not None:
+        needed += [_border_pixels(gallery.masks, gallery.size[1]), gallery.areas]
+    finite, coarse_map, compared, *more = yield needed
     if not finite:
         raise ConfigError("the coarse map must be two-dimensional with finite values, got some that aren't finite")
     scores = np.zeros(len(gallery), dtype=np.float32)
@@ -135,9 +146,12 @@ def matching(
         scores += compared.numpy()
     if similarity != "mask":
         scores += _box_similarity(masks, binary)
+    if border_sigma is not None:
+        along, area = (counts.numpy().astype(np.float64) for counts in more[-2:])
+        scores *= np.exp(-(along**2) / (2 * border_sigma**2 * np.maximum(area, 1)))
     kept = np.ones(len(gallery), dtype=bool)
     if drop_full_frame:
-        kept = ~(yield from _decided(gallery.masks, gallery.size[1], min_region_gallery, *flags))
+        kept = ~(yield from _decided(gallery.masks, gallery.size[1], min_region_gallery, *more[:2]))
 
     left = np.flatnonzero(kept)
     if not len(left) and on_empty == "raise":
@@ -232,6 +246,11 @@ def _sides(masks: Tensor, width: int, depth: int, combine: Callable[[Tensor, Ten
         [_column(masks, width - 1 - x) for x in columns],
     )
     return [functools.reduce(combine, side) for side in lines]
+
+
+def _border_pixels(masks: Tensor, width: int) -> Tensor:
+    """Rows and columns in which packed masks come within three pixels of each border, summed: int64 (K,)."""
+    return sum(popcount(side) for side in _sides(masks, width, 3, torch.bitwise_or))
 
 
 def grid_masks(masks: Tensor, width: int, grid: tuple[int, int]) -> Tensor:

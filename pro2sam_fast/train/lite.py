@@ -43,6 +43,7 @@ LITE_DEFAULTS = {
     "pred_iou_thresh": 0.4,
     "stability_score_thresh": 0.6,
     "min_mask_region_area": 100,
+    "border_sigma": 1.5,
 }
 STAGES = ("sam", "gtformer", "bundle")
 

@@ -202,6 +202,30 @@ class TestMatch:
         assert result.index == 1 and result.scores[0] == 1
         assert match(gallery_of(everywhere, small), coarse, drop_full_frame=False).index == 0
 
+    @pytest.mark.parametrize("size", [(97, 131), (2, 3), (64, 64), (1, 129)])
+    def test_border_sigma_discounts_masks_along_the_borders(self, size):
+        rng = np.random.default_rng(4)
+        spans = [[np.sort(rng.integers(0, n + 1, 2)) for n in size] for _ in range(30)]
+        masks = np.stack([rectangle(*rows, *columns, size) for rows, columns in spans])
+        coarse, sigma = torch.rand(14, 14), 0.8
+        along = sum(
+            mask.any(axis).sum(1)
+            for axis, ends in ((1, (masks[:, :3], masks[:, -3:])), (2, (masks[:, :, :3], masks[:, :, -3:])))
+            for mask in ends
+        )
+        factor = np.exp(-((along / np.sqrt(np.maximum(masks.sum((1, 2)), 1))) ** 2) / (2 * sigma**2))
+        plain = match(gallery_of(*masks), coarse)
+        result = match(gallery_of(*masks), coarse, border_sigma=sigma)
+        assert np.allclose(result.scores, plain.scores * factor, rtol=1e-6)
+        assert np.array_equal(result.kept, plain.kept)
+
+    def test_border_sigma_prefers_the_object_to_its_surroundings(self):
+        behind, object_ = rectangle(20, 224, 0, 224), rectangle(80, 144, 80, 160)
+        behind &= ~object_
+        coarse = coarse_of((slice(3, 14), slice(3, 12)))
+        assert match(gallery_of(behind, object_), coarse).index == 0
+        assert match(gallery_of(behind, object_), coarse, border_sigma=1.5).index == 1
+
 
 class TestFallbacks:
     def test_empty_gallery_takes_the_largest_region_of_the_map(self):
@@ -263,6 +287,8 @@ class TestFallbacks:
         {"on_empty": "skip"},
         {"prompt_threshold": math.nan},
         {"min_score": "high"},
+        {"border_sigma": 0},
+        {"border_sigma": "wide"},
         {"coarse_threshold": math.inf},
         {"min_region_gallery": -1},
         {"min_region_gallery": 2.5},
@@ -286,7 +312,8 @@ def test_same_result_on_a_gpu():
         rectangle(*np.sort(rng.integers(0, 97, 2)), *np.sort(rng.integers(0, 131, 2)), (97, 131)) for _ in range(20)
     ]
     gallery, coarse = gallery_of(*masks), torch.rand(14, 14)
-    for options in ({}, {"match_resolution": "official14"}, {"similarity": "mask+bbox"}, {"min_score": 2.0}):
+    resolution, both = {"match_resolution": "official14"}, {"similarity": "mask+bbox"}
+    for options in ({}, resolution, both, {"border_sigma": 1.0}, {"min_score": 2.0}):
         one, other = match(gallery, coarse, **options), match(gallery.to("cuda"), coarse.cuda(), **options)
         assert (one.index, one.source) == (other.index, other.source)
         assert np.array_equal(one.scores, other.scores) and np.array_equal(one.kept, other.kept)
