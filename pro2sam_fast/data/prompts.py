@@ -15,11 +15,12 @@ from torch import Tensor
 from .segments import SegmentedPhoto
 
 # share of a batch drawn from each kind of source
-KIND_WEIGHTS = {"coco": 0.36, "bsds": 0.16, "foreground": 0.48}
+KIND_WEIGHTS = {"coco": 0.32, "bsds": 0.16, "foreground": 0.52}
 # probability of 0, 1, 2, ... objects of other photos pasted on a photo
 PASTED = (0.45, 0.25, 0.18, 0.12)
 TARGETS = 3
 _MIN_AREA = 24
+_MIN_PASTED = 32 * 32
 
 
 @dataclass
@@ -58,6 +59,7 @@ class PromptDataset(torch.utils.data.Dataset):
         self.kinds = [k for k in KIND_WEIGHTS if self.by_kind[k]]
         weights = np.array([KIND_WEIGHTS[k] for k in self.kinds])
         self.weights = weights / weights.sum()
+        self.things = [(i, t) for i, p in enumerate(photos) for t in p.things if (p.maps[0] == t).sum() >= _MIN_PASTED]
         self.steps, self.batch, self.prompts, self.size, self.seed = steps, batch, prompts, size, seed
 
     def __len__(self) -> int:
@@ -70,9 +72,9 @@ class PromptDataset(torch.utils.data.Dataset):
         for _ in range(self.batch):
             kind = self.kinds[rng.choice(len(self.kinds), p=self.weights)]
             photo = self.photos[int(rng.choice(self.by_kind[kind]))]
-            if self.by_kind["foreground"]:
-                for other in rng.choice(self.by_kind["foreground"], rng.choice(len(PASTED), p=PASTED)):
-                    photo = _copy_paste(photo, self.photos[int(other)], rng)
+            for _ in range(rng.choice(len(PASTED), p=PASTED) if self.things else 0):
+                other, thing = self.things[rng.integers(len(self.things))]
+                photo = _copy_paste(photo, self.photos[other], thing, rng)
             image, maps, inside = augment(photo, self.size, rng)
             images.append(image)
             valid.append(inside)
@@ -135,17 +137,18 @@ def augment(photo: SegmentedPhoto, size: int, rng: np.random.Generator) -> tuple
     return out, out_maps, inside
 
 
-def _copy_paste(photo: SegmentedPhoto, other: SegmentedPhoto, rng: np.random.Generator) -> SegmentedPhoto:
-    # the other photo's foreground object, scaled, at a random place of this one, as a segment of its own in every map
-    ys, xs = np.nonzero(other.maps[0] == 1)
+def _copy_paste(
+    photo: SegmentedPhoto, other: SegmentedPhoto, thing: int, rng: np.random.Generator
+) -> SegmentedPhoto:
+    # a thing of the other photo, scaled, at a random place of this one, as a segment of its own in every map
+    mask = other.maps[0] == thing
+    ys, xs = np.nonzero(mask)
     box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
     h, w = photo.image.shape[:2]
     scale = np.exp(rng.uniform(np.log(0.12), np.log(0.7))) * max(h, w) / max(box[2] - box[0], box[3] - box[1])
     nw, nh = (max(4, min(int(s * scale), lim)) for s, lim in ((box[2] - box[0], w), (box[3] - box[1], h)))
     patch = np.asarray(Image.fromarray(other.image).resize((nw, nh), Image.BILINEAR, box=box))
-    alpha = np.asarray(
-        Image.fromarray((other.maps[0] == 1).astype(np.uint8) * 255).resize((nw, nh), Image.BILINEAR, box=box)
-    )
+    alpha = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((nw, nh), Image.BILINEAR, box=box))
     x, y = int(rng.integers(0, w - nw + 1)), int(rng.integers(0, h - nh + 1))
     image, maps = photo.image.copy(), photo.maps.copy()
     pasted = max(3, min(255, int(maps.max()) + 1))  # 2 is background in a foreground photo, whether seen or not
