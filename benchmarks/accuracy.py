@@ -1,6 +1,7 @@
 """Accuracy of the bundled `lite` model (or of a model folder) on annotated photos, as JSON rows.
 
     python benchmarks/run.py accuracy --data DATA [--model lite] [--parts cub,cam,clicks,regions,things,labels]
+        [--options '{"border_sigma": null}']
 
 DATA holds cub10/CUB_200_2011, coco200, bsds500 and imagenet1k_one_per_class (see pro2sam_fast/weights/README.md). Rows
 are appended to benchmarks/results/accuracy.jsonl, or to --output, and name the weights by their SHA-256.
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--options", type=json.loads, default={}, help="of pro2sam_fast.load, as JSON")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
 
 
@@ -71,9 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cpu")
     weights = weights_file(None if arguments.model == "lite" else arguments.model)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    localizer = pro2sam_fast.load(arguments.model, device=device, dtype=arguments.dtype)
+    localizer = pro2sam_fast.load(arguments.model, device=device, dtype=arguments.dtype, **arguments.options)
+    options = json.dumps(arguments.options)
+    with_options = f" --options '{options}'" if arguments.options else ""
     for part in arguments.parts.split(","):
         case, photos, metrics = measure(part, localizer, arguments.data, arguments.split)
+        if arguments.options:
+            case += f", {options}"
         row = {
             "kind": "accuracy",
             "what": "accuracy",
@@ -81,11 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
             "model": arguments.model,
             "weights": digest,
             "dtype": arguments.dtype,
+            "options": arguments.options,
             "photos": photos,
             "metrics": {name: round(value, 4) for name, value in metrics.items()},
             **environment(device),
             "command": f"python benchmarks/run.py accuracy --data DATA --model {arguments.model} --parts {part} "
-            f"--split {arguments.split} --dtype {arguments.dtype}",
+            f"--split {arguments.split} --dtype {arguments.dtype}{with_options}",
         }
         print(json.dumps(row), flush=True)
         append(arguments.output, row)

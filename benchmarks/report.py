@@ -166,7 +166,8 @@ def quality(rows: list[dict], folder: str = "benchmarks/") -> str:
     """What the bundled weights reach; rows of other weights don't count."""
     shipped = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     lines = []
-    for row in newest(row for row in rows if row["what"] == "accuracy" and row.get("weights") == shipped):
+    own = [row for row in rows if row["what"] == "accuracy" and row.get("weights") == shipped]
+    for row in newest(row for row in own if not row.get("options")):
         shown = {name: value for name, value in row["metrics"].items() if not name.startswith(("source_", "median_"))}
         lines.append([row["case"], row["dtype"], row["photos"], tables.plain(shown), reference(row, folder)])
     return table(["what", "dtype", "photos", "measured", "row"], lines) or "No rows yet."
@@ -175,6 +176,26 @@ def quality(rows: list[dict], folder: str = "benchmarks/") -> str:
 def card(rows: list[dict]) -> str:
     """The same for the model card, which lies elsewhere."""
     return quality(rows, "../../benchmarks/")
+
+
+def history(rows: list[dict]) -> str:
+    """What each of the weights that were ever bundled reaches, and the newest with other options."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["what"] == "accuracy" and row["dtype"] == "float32" and row.get("weights"):
+            key = row["weights"][:8], json.dumps(row.get("options") or {})
+            found.setdefault(key, []).append(row)
+    lines = []
+    for (weights, options), group in found.items():
+        latest = {row["case"].removesuffix(f", {options}"): row for row in newest(group)}
+        line = [weights, options.strip("{}")]
+        for case, names in HISTORY:
+            row = latest.get(case)
+            values = " / ".join(f"{row['metrics'][name]:.3g}" for name in names) if row else ""
+            line.append(f"{values} ({reference(row, '../../benchmarks/')})" if row else "")
+        if any(line[2:]):
+            lines.append(line)
+    return table(["weights", "options", *(f"{case}: {' / '.join(names)}" for case, names in HISTORY)], lines)
 
 
 def studies(rows: list[dict]) -> str:
@@ -196,11 +217,20 @@ def _with_spread(metrics: dict[str, float], name: str) -> str:
     return f"{metrics[name]:.{digits}f}{spread}"
 
 
+HISTORY = (
+    ("one centre click, COCO val things", ("best_iou", "picked_iou", "iou_rank_correlation")),
+    ("one centre click, BSDS val segments", ("best_iou", "picked_iou", "best_boundary_f")),
+    ("GT-known, CUB-10 test boxes", ("box_acc@0.5", "box_acc@0.7", "box_acc@0.9")),
+    ("box hits a thing, COCO val", ("hit@0.5",)),
+    ("GT-known, CUB-10 train boxes", ("box_acc@0.5", "box_acc@0.7", "box_acc@0.9")),
+    ("box hits a thing, COCO train", ("hit@0.5",)),
+)
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "speed": speed,
     "accuracy": quality,
     "studies": studies,
     "card": card,
+    "history": history,
 }
 
 

@@ -5,28 +5,28 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..io import write_atomic
 from .checkpoints import load_into, load_state_dict
 from .gtformer import GRID, GTFormer
 from .sam import Sam
 from .sam.layers import LayerNorm2d
-from .sam.lite import make_sam_lite
+from .sam.lite import SAM_TRUNK, make_sam_lite
 from .trunk import FEATURE_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite0
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "lite.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_TRUNKS = {"gtformer": "patch_embed.trunk.", "sam": "image_encoder.trunk."}
+_TRUNKS = {"gtformer": "patch_embed.trunk.", "sam": SAM_TRUNK}
 GTFORMER_LITE = {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0, "drop_path": 0.05}
 
 
@@ -145,11 +145,7 @@ def save_lite(path: str | Path, model: LiteModel) -> None:
     metadata = {
         name: json.dumps(getattr(model, name)) for name in ("class_names", "coarse_class_names", "defaults", "card")
     }
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata)
-    temporary.chmod(0o644)
-    os.replace(temporary, path)
+    write_atomic(path, save(tensors, metadata))
 
 
 def weights_file(source: str | Path | None = None) -> Path:

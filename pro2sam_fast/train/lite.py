@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,8 +23,10 @@ import torch
 from ..data.cub import load_cub
 from ..data.segments import SegmentedPhoto, bsds, coco_panoptic, foreground
 from ..errors import ConfigError, DataError
+from ..io import write_atomic
 from ..models.gtformer import GTFormer
 from ..models.lite import LabelHead, LiteModel, load_sam_lite, make_gtformer_lite, save_lite
+from ..models.sam import Sam
 from ..models.sam.lite import make_sam_lite
 from ..models.trunk import EfficientNetLite0, load_pretrained_trunk
 from .checkpoint import load_latest, save_checkpoint
@@ -75,9 +78,8 @@ def sam_phases() -> list[SamLiteConfig]:
 class LiteRecipe:
     """Everything that shapes the bundled weights besides the data.
 
-    sam: phases; each continues from the averaged weights of the one before. souped: of so many last phases the bundle
-    holds the mean of the weights (model soup; Wortsman et al., ICML 2022). defaults: options of generator, matching and
-    localizer that the bundle asks for.
+    sam: phases. souped: of so many last ones the bundle holds the mean of the weights (model soup; Wortsman et al.,
+    ICML 2022). defaults: options of generator, matching and localizer that the bundle asks for.
     """
 
     sam: list[SamLiteConfig] = field(default_factory=sam_phases)
@@ -127,11 +129,18 @@ def train_sam_stage(
     for number, config in enumerate(recipe.sam):
         torch.manual_seed(config.seed)
         sam = make_sam_lite(copy.deepcopy(trunk))
+        if number > 0:
+            start = _mean_of_phases(run, range(number)[-config.follows :], sam)
         if start is not None:
             sam.load_state_dict(start, strict=False)
-        folder = run / f"sam{number}"
-        train_sam_lite(sam, photos, config, folder)
-        start = load_latest(folder)["average"]
+        train_sam_lite(sam, photos, config, run / f"sam{number}")
+
+
+def _mean_of_phases(run: Path, numbers: Sequence[int], sam: Sam) -> dict[str, torch.Tensor]:
+    """Of their averaged weights; what a phase left as it was counts as in ``sam``, a model without any training."""
+    phases, untrained = [_latest(run / f"sam{number}")["average"] for number in numbers], sam.state_dict()
+    names = set().union(*phases)
+    return {k: sum(phase.get(k, untrained[k]) for phase in phases) / len(phases) for k in names}
 
 
 def train_gtformer_stage(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) -> None:
@@ -158,12 +167,7 @@ def bundle(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) 
     kept = sources[:-1]
     classes = [name for source in kept for name in source.classes]
     sam = make_sam_lite(copy.deepcopy(trunk))
-    start = sam.state_dict()
-    phases = [_latest(run / f"sam{number}")["average"] for number in range(len(recipe.sam))[-recipe.souped :]]
-    learned = set().union(*phases)
-    sam.load_state_dict(
-        {k: sum(phase.get(k, start[k]) for phase in phases) / len(phases) for k in learned}, strict=False
-    )
+    sam.load_state_dict(_mean_of_phases(run, range(len(recipe.sam))[-recipe.souped :], sam), strict=False)
     state = _latest(run / "gtformer")["model"]
     state["head.weight"], state["head.bias"] = state["head.weight"][: len(classes)], state["head.bias"][: len(classes)]
     coarse: GTFormer = make_gtformer_lite(len(classes), trunk)
@@ -174,7 +178,7 @@ def bundle(data: Path, run: Path, recipe: LiteRecipe, trunk: EfficientNetLite0) 
     save_lite(path, model)
     content = path.read_bytes()
     known = {path.name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
-    path.with_name("weights.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path.with_name("weights.json"), f"{json.dumps(known, indent=2)}\n".encode())
     return path
 
 
@@ -199,7 +203,7 @@ def train_lite(
     Raises:
         CheckpointError: ``start`` can't be used.
         DataError: a folder of :data:`SOURCES` is missing, or a file in it is malformed.
-        ConfigError: unknown stage, or a stage whose predecessor has not run.
+        ConfigError: unknown stage, a stage whose predecessor has not run, or a phase that drops tuned stages.
     """
     data, run = Path(data), Path(run)
     missing = [f"{data / name} ({what})" for name, what in SOURCES.items() if not (data / name).is_dir()]
@@ -209,6 +213,9 @@ def train_lite(
     if unknown:
         raise ConfigError(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
     recipe = recipe or LiteRecipe()
+    for number, (phase, later) in enumerate(itertools.pairwise(recipe.sam), 1):
+        if lost := set(phase.tuned) - set(later.tuned):
+            raise ConfigError(f"SAM phase {number} must tune stages {sorted(lost)} too, as the phase before it does")
     run.mkdir(parents=True, exist_ok=True)
     trunk = load_pretrained_trunk()
     if "sam" in stages:

@@ -22,23 +22,23 @@ from torch import Tensor, nn
 
 from ..data.prompts import PromptBatch, PromptDataset
 from ..models.sam import Sam
+from ..models.sam.lite import SAM_TRUNK
 from ..models.trunk import EfficientNetLite0
 from .checkpoint import load_latest, save_checkpoint
 from .optimizer import decay_groups
 
-_TRUNK = "image_encoder.trunk."
-
 
 @dataclass
 class SamLiteConfig:
-    """One phase of the schedule. A later phase continues from an earlier one's averaged weights.
+    """One phase of the schedule.
 
-    steps: length of the learning-rate schedule; stop_at: end earlier on it. size: input pixels of the long side (the
-    embedding is size / 16). batch: photos a step. prompts: prompts a photo. tuned: stages of the trunk that learn, at
-    ``trunk_lr`` times the learning rate; their batch norms keep their statistics. Later phases must name them too, or
-    what they learned is lost.
+    follows: a later phase begins with the mean of the averaged weights of so many phases before it. steps: length of
+    the learning-rate schedule; stop_at: end earlier on it. size: input pixels of the long side (the embedding is
+    size / 16). batch: photos a step. prompts: prompts a photo. tuned: stages of the trunk that learn, at ``trunk_lr``
+    times the learning rate; their batch norms keep their statistics. Later phases must name them too.
     """
 
+    follows: int = 1
     steps: int = 4000
     stop_at: int | None = None
     size: int = 256
@@ -160,11 +160,11 @@ def learning_rate(step: int, config: SamLiteConfig) -> float:
 
 def trainable_state(sam: Sam, tuned: Sequence[int] = ()) -> dict[str, Tensor]:
     """State dict without the trunk, but for the weights of its stages ``tuned``."""
-    stages = tuple(f"{_TRUNK}net.blocks.{stage}." for stage in tuned)
+    stages = tuple(f"{SAM_TRUNK}net.blocks.{stage}." for stage in tuned)
     return {
         k: v
         for k, v in sam.state_dict().items()
-        if not k.startswith(_TRUNK) or (k.startswith(stages) and k.endswith(("weight", "bias")))
+        if not k.startswith(SAM_TRUNK) or (k.startswith(stages) and k.endswith(("weight", "bias")))
     }
 
 
@@ -189,7 +189,7 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
     trunk = partly_folded(sam.image_encoder.trunk, config.tuned)
     affinity = AffinityHead()
     stages = [p for p in trunk.parameters() if p.requires_grad]
-    rest = [p for name, p in sam.named_parameters() if not name.startswith(_TRUNK)] + list(affinity.parameters())
+    rest = [p for name, p in sam.named_parameters() if not name.startswith(SAM_TRUNK)] + list(affinity.parameters())
     parameters = [*rest, *stages]
     groups = [
         {**group, "scale": scale}

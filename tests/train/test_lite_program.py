@@ -85,8 +85,9 @@ def tiny(monkeypatch):
     trunk = EfficientNetLite0(CLASSES)
     monkeypatch.setattr(lite, "load_pretrained_trunk", lambda: trunk)
     small = {"steps": 2, "size": 64, "batch": 2, "prompts": 2, "warmup": 1}
+    phases = {}, {"seed": 1, "tuned": (3,)}, {"follows": 2, "tuned": (3,)}
     return lite.LiteRecipe(
-        sam=[SamLiteConfig(**small), SamLiteConfig(**small, seed=1, tuned=(3,))],
+        sam=[SamLiteConfig(**small, **phase) for phase in phases],
         gtformer=GTFormerLiteConfig(views=(2, 1, 1), steps=2, batch=6, warmup=1),
         defaults={"points_per_side": 2, "pred_iou_thresh": -1.0, "stability_score_thresh": 0.0},
     )
@@ -120,6 +121,12 @@ def test_stages_in_the_wrong_order(data, tiny, tmp_path):
         lite.train_lite(data, tmp_path, stages=["bundle"], recipe=tiny)
     with pytest.raises(ConfigError, match="unknown stage 'all'"):
         lite.train_lite(data, tmp_path, stages=["all"], recipe=tiny)
+
+
+def test_a_phase_that_drops_tuned_stages(data, tiny, tmp_path):
+    tiny.sam[2].tuned = (4,)
+    with pytest.raises(ConfigError, match=r"SAM phase 2 must tune stages \[3\]"):
+        lite.train_lite(data, tmp_path, recipe=tiny)
 
 
 def test_command_names_what_is_missing(data, tmp_path, capsys):

@@ -15,6 +15,7 @@ from .sam import Sam
 from .transformer import Attention, TwoWayTransformer
 
 IMAGE_SIZE = 512
+SAM_TRUNK = "image_encoder.trunk."  # of the trunk's names in a SAM-lite
 _STRIDE = 16
 
 
