@@ -66,6 +66,19 @@ def test_custom_pair(photos, tmp_path, capsys):
     assert "candidates kept" in capsys.readouterr().out and (tmp_path / "out" / "one.jpg").exists()
 
 
+def test_own_classes(photos, tmp_path, capsys):
+    for name, level in (("dark", 30), ("bright", 220)):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for k in range(3):
+            grey = np.full((40, 60, 3), level + 5 * k, np.uint8)
+            Image.fromarray(grey).save(tmp_path / "classes" / name / f"{k}.png")
+    for name in ("dark", "bright"):
+        run("own_classes.py", tmp_path / "classes", tmp_path / "classes" / name, tmp_path / "out")
+        output = capsys.readouterr().out
+        assert "6 photos of 2 classes learned" in output and output.count(f".png: {name} ") == 3
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 3
+
+
 def test_prompt_a_batch(photos, capsys):
     run("prompt_a_batch.py", photos / "one.png", photos / "two.png")
     assert capsys.readouterr().out.count("predicted IoU") == 4
