@@ -22,12 +22,12 @@ def _or(x, y):
 
 
 @triton.jit
-def nms_overlaps_kernel(boxes, order, count, alive, overlaps, first, threshold, WORD: tl.constexpr):
+def nms_overlaps_kernel(boxes, order, count, alive, overlaps, first, size, threshold, WORD: tl.constexpr):
     # Program (r, w): the boxes of word r against those of word first + w that come after them; overlaps (w, i) gets bit
     # j where box i overlaps the word's box j. Words before `first` of which no box is kept are left out.
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1).to(tl.int64) + first
-    n = tl.load(count)
+    n = tl.minimum(tl.load(count), size)
     wanted = (row <= word) & (word * WORD < n)
     wanted = wanted & ((row >= first) | (tl.load(alive + row, mask=wanted & (row < first), other=0) != 0))
     if wanted:
@@ -51,7 +51,7 @@ def nms_visit_kernel(
     order, count, keep, kept, alive, overlaps, first, last, size, words, WORD: tl.constexpr, BLOCK: tl.constexpr
 ):
     # One program visits the boxes of words [first, last), those of the words before being settled.
-    n = tl.load(count)
+    n = tl.minimum(tl.load(count), size)
     total = tl.load(kept, mask=first > 0, other=0)
     lane = tl.arange(0, WORD)
     for word in range(first, tl.minimum(tl.cdiv(n, WORD), last)):  # in 64 bits, as n
@@ -97,7 +97,7 @@ def nms(
             last = min(first + at_once, words)
             if words:
                 nms_overlaps_kernel[(words, last - first)](
-                    boxes, order, count, alive, overlaps, first, threshold, WORD=WORD, **UNFUSED
+                    boxes, order, count, alive, overlaps, first, len(boxes), threshold, WORD=WORD, **UNFUSED
                 )
             nms_visit_kernel[(1,)](
                 *(order, count, keep, kept, alive, overlaps, first, last, len(boxes), words),
@@ -118,7 +118,7 @@ AHEAD_OF_TIME = (
         nms_overlaps_kernel,
         {
             **dict.fromkeys(("order", "count", "alive", "overlaps"), "*i64"),
-            **{"boxes": "*fp32", "first": "i32", "threshold": "fp32"},
+            **{"boxes": "*fp32", "first": "i32", "size": "i32", "threshold": "fp32"},
         },
         {"WORD": WORD},
         UNFUSED,
