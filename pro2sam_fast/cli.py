@@ -36,6 +36,12 @@ _COMMANDS = {
     "doctor": doctor,
 }
 
+_TO_CONTINUE = {
+    "localize": "; finished photos are kept, continue with --resume",
+    "masks": "; finished photos are kept, continue with --resume",
+    "train": "; the same command continues",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's) and return its exit status."""
@@ -47,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata, in photos that can be read
             return run[command](arguments[command])
     except KeyboardInterrupt:
-        print("interrupted; finished photos are kept, continue with --resume", file=sys.stderr)
+        print(f"interrupted{_TO_CONTINUE.get(command, '')}", file=sys.stderr)
         return INTERRUPTED
     except ConfigError as error:
         tell(f"pro2sam-fast {command}: {error}", sys.stderr)

@@ -42,4 +42,4 @@ class BackendError(Pro2SamError, RuntimeError):
 
 
 class DataError(Pro2SamError, ValueError):
-    """A data set file is malformed; the message names the file and the line."""
+    """A data set file is malformed; the message names the file and the line, or the entry of a JSON file."""

@@ -38,9 +38,9 @@ class RecordLog:
         config = json.loads(json.dumps(config))
         try:
             os.makedirs(self.folder, exist_ok=True)
+            self._file = open(self.path, "ab+")  # noqa: SIM115 - closed by close()
         except OSError as error:
-            raise ConfigError(f"cannot make the output folder '{self.folder}': {error.strerror}") from None
-        self._file = open(self.path, "ab+")  # noqa: SIM115 - closed by close()
+            raise ConfigError(f"cannot use the output folder '{self.folder}': {error.strerror}") from None
         try:
             self._lock()
             if resume and os.path.getsize(self.path):

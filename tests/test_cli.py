@@ -23,6 +23,7 @@ from pycocotools import mask as coco
 import pro2sam_fast
 from pro2sam_fast import api, bench, cli
 from pro2sam_fast.commands.parser import tell
+from pro2sam_fast.commands.runs import names
 from pro2sam_fast.gallery import MaskGallery
 from pro2sam_fast.generator import MaskGenerator
 
@@ -215,6 +216,10 @@ def test_wrong_usage(run, photos, tmp_path, arguments, words, calls):
     assert not (tmp_path / "out").exists() and not calls
 
 
+def test_lists_keep_the_spaces_inside_names():
+    assert names(" runs/my run , cam:runs/my run,,") == ["runs/my run", "cam:runs/my run"]
+
+
 def test_output_is_required(run, photos):
     assert run("localize", photos, out=None) == 2
     assert "--output DIR" in run.stderr
@@ -229,6 +234,8 @@ def test_output_is_required(run, photos):
         ("localize x --on-error no", "--on-error.*'no'.*skip.*raise"),
         ("localize x --points-per-side many", "--points-per-side: expected a whole number, not 'many'"),
         ("localize x --min-score high", "--min-score: expected a number, not 'high'"),
+        ("localize x --border-sigma nan", "--border-sigma: expected a number, not 'nan'"),
+        ("masks x --batch-size 4", "--batch-size"),
         ("localize x --drop-full-frame 3", "--drop-full-frame: expected true or false"),
         ("masks x --sam vit_x", "--sam.*'vit_x'.*vit_b"),
         ("localize --config missing.yaml", "--config.*missing.yaml"),
@@ -331,6 +338,18 @@ def test_an_output_given_as_input_is_not_written_over(run, photos, tmp_path):
 
 
 # interrupts
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"), [("train lite", "interrupted; the same command continues"), ("bench", "interrupted")]
+)
+def test_interrupt_of_a_command_without_resume(command, advice, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(getattr(cli, command.split()[0]), "run", interrupted)
+    assert cli.main(command.split()) == 130
+    assert capsys.readouterr().err == f"{advice}\n"
 
 
 def many(folder, count=6):

@@ -306,8 +306,14 @@ def test_resume_without_a_previous_run_starts(tmp_path):
 
 def test_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "out").touch()
-    with pytest.raises(ConfigError, match="cannot make the output folder"):
+    with pytest.raises(ConfigError, match="cannot use the output folder"):
         LocalizationWriter(tmp_path / "out")
+
+
+def test_record_file_that_cannot_be_written(tmp_path):
+    (tmp_path / "localizations.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="cannot use the output folder .*: Is a directory"):
+        LocalizationWriter(tmp_path)
 
 
 # inputs are sacred

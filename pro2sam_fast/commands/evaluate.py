@@ -8,7 +8,16 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import ConfigError
 from .parser import OK, Parser, number, tell, whole, yes_no
-from .runs import GENERATOR_OPTIONS, add_generator_options, add_sam_options, chosen, names, place_data
+from .runs import (
+    GENERATOR_OPTIONS,
+    add_generator_options,
+    add_sam_options,
+    chosen,
+    names,
+    number_or,
+    numbers,
+    place_data,
+)
 
 __all__ = ["HELP", "parser", "run"]
 
@@ -138,6 +147,7 @@ def run(arguments: Namespace) -> int:
         raise ConfigError(f"unknown ablation {unknown[0]!r}, choose from {', '.join(_OF_MASKS + _OF_MODELS)}")
     if set(ablations) & set(_OF_MASKS) and not arguments.masks:
         raise ConfigError(f"--ablation {', '.join(_OF_MASKS)} needs --masks")
+    sam_input = number_or(arguments.sam_input, "native", "--sam-input")
     with under_torchrun(resolve_device(arguments.device)) as device:
         study = Study(
             data,
@@ -145,9 +155,9 @@ def run(arguments: Namespace) -> int:
             protocols=names(arguments.protocol),
             threshold=arguments.threshold,
             val=val,
-            fixed=[number(t) for t in names(arguments.fixed)],
+            fixed=numbers(arguments, "fixed"),
             ablations=ablations,
-            iou_set=[number(t) for t in names(arguments.iou_set)],
+            iou_set=numbers(arguments, "iou_set"),
             iou=arguments.iou,
             save_maps=arguments.save_maps,
             parquet=arguments.parquet,
@@ -159,7 +169,6 @@ def run(arguments: Namespace) -> int:
         for coarse in names(arguments.coarse):
             study.add_maps(coarse)
         if arguments.masks:
-            sam_input = arguments.sam_input if arguments.sam_input == "native" else whole(arguments.sam_input)
             study.add_masks(
                 arguments.sam,
                 arguments.sam_checkpoint,

@@ -51,7 +51,9 @@ def parser() -> ArgumentParser:
         description=_DESCRIPTION,
         usage="pro2sam-fast localize SOURCE... --output DIR [options]",
     )
-    add_run_options(parser)
+    add_run_options(parser).add_argument(
+        "--batch-size", type=str, default="auto", metavar="N", help="photos per pass, or auto"
+    )
     group = parser.add_argument_group("results")
     group.add_argument(
         "--format",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from typing import Any, NoReturn
@@ -70,9 +71,12 @@ def whole(value: Any) -> int:
 
 def number(value: Any) -> float:
     try:
-        return float(str(value))
+        found = float(str(value))
     except ValueError:
-        raise _BadValue(f"expected a number, not '{value}'") from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise _BadValue(f"expected a number, not '{value}'")
+    return found
 
 
 def true_or_false(value: Any) -> bool:

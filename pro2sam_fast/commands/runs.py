@@ -28,13 +28,15 @@ __all__ = [
     "max_pixels",
     "names",
     "number_or",
+    "numbers",
     "place_data",
 ]
 
 _SHOWN_SKIPS = 10
 
 
-def add_run_options(parser: ArgumentParser) -> None:
+def add_run_options(parser: ArgumentParser):
+    """Returns the group, for what one command alone takes."""
     parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file with options by name")
     parser.add_argument(
         "source",
@@ -59,7 +61,6 @@ def add_run_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--devices", type=str, metavar="LIST", help="several GPUs that share the photos, as 0,1: a process for each"
     )
-    group.add_argument("--batch-size", type=str, default="auto", metavar="N", help="photos per pass, or auto")
     group.add_argument(
         "--max-pixels",
         type=whole,
@@ -68,6 +69,7 @@ def add_run_options(parser: ArgumentParser) -> None:
         help="refuse files with more pixels; 0 for no limit",
     )
     group.add_argument("--quiet", action=yes_no(), default=False, help="no progress bar")
+    return group
 
 
 def add_sam_options(group) -> None:
@@ -150,7 +152,15 @@ def devices(arguments: Namespace) -> list[str]:
 
 
 def names(text: str) -> list[str]:
-    return [name for name in text.replace(" ", "").split(",") if name]
+    return [name for name in map(str.strip, text.split(",")) if name]
+
+
+def numbers(arguments: Namespace, option: str) -> list[float]:
+    """The comma-separated numbers of an option."""
+    try:
+        return [number(text) for text in names(arguments[option])]
+    except ValueError as error:
+        raise ConfigError(f"--{option.replace('_', '-')}: {error}") from None
 
 
 def place_data(arguments: Namespace) -> None:
@@ -158,7 +168,7 @@ def place_data(arguments: Namespace) -> None:
     if arguments.root is not None:
         return
     if not os.path.isdir(arguments.data):
-        raise ConfigError("--root DIR is missing, the folder of the data set")
+        raise ConfigError(f"--root DIR is missing, the folder of the data set; '{arguments.data}' is none")
     from ..data.localization import kind_of
 
     arguments.root, arguments.data = arguments.data, kind_of(arguments.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
@@ -31,7 +32,7 @@ def voc_objects(path: Path) -> list[tuple[str, Corners]]:
         name, box = thing.findtext("name"), thing.find("bndbox")
         try:
             corners = tuple(float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
-            if name is None:
+            if name is None or not all(map(math.isfinite, corners)):
                 raise ValueError
         except (AttributeError, TypeError, ValueError) as error:
             start = [found.start() for found in re.finditer(r"<object\b", text)][len(objects)]
@@ -124,22 +125,30 @@ def load_coco(path: Path) -> Coco:
     data = load_json(path, "COCO annotation file")
     place = "images"
     try:
-        files = {image["id"]: image["file_name"] for image in data["images"]}
+        files = {image["id"]: _text(image["file_name"]) for image in data["images"]}
         place = "categories"
         categories = sorted(data.get("categories", ()), key=lambda category: category["id"])
-        class_names = {c["id"]: c["name"] for c in categories if c.get("isthing", 1)}
+        class_names = {c["id"]: _text(c["name"]) for c in categories if c.get("isthing", 1)}
         stuff = {c["id"] for c in categories} - class_names.keys()
-        things = defaultdict(list)
+        things, place = defaultdict(list), "annotations"
         for number, annotation in enumerate(data["annotations"]):
             place = f"annotation {number}"
             files[annotation["image_id"]]
             for thing in annotation.get("segments_info", (annotation,)):
                 x, y, w, h = thing["bbox"]
+                if not all(math.isfinite(n) for n in (x, y, w, h)):
+                    raise ValueError(f"bbox {thing['bbox']} isn't finite")
                 category = thing.get("category_id")
                 if class_names and category not in class_names and category not in stuff:
                     raise ValueError(f"unknown category {category!r}")
                 if category not in stuff:
                     things[annotation["image_id"]].append((category, (x, y, x + w, y + h)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a COCO annotation file ({place}: {error!r}).") from error
     return Coco(files, class_names, things)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} should be text")
+    return value

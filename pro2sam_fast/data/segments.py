@@ -5,7 +5,6 @@ Sources: COCO panoptic PNGs, BSDS500 label maps of several annotators, foregroun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
-from .tables import open_image
+from .tables import load_json, open_image
 
 MAX_SEGMENTS = 255
 
@@ -52,10 +51,7 @@ def _label_map(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def coco_panoptic(root: Path, split: str, long_side: int = 512) -> Iterable[SegmentedPhoto]:
     """``root/annotations/panoptic_{split}2017.json`` with PNGs; segment id = R + 256 G + 65536 B."""
     index = root / "annotations" / f"panoptic_{split}2017.json"
-    try:
-        data = json.loads(index.read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise DataError(f"{index}: not a readable COCO panoptic file ({e}).") from e
+    data = load_json(index, "COCO panoptic file")
     is_thing = {c["id"]: bool(c["isthing"]) for c in data["categories"]}
     names = {i["id"]: i["file_name"] for i in data["images"]}
     for ann in data["annotations"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -44,11 +45,14 @@ def rows(
 
 
 def convert(path: Path, line: int, values: list[str], kind: Callable[[str], T]) -> list[T]:
-    """Every field as ``kind`` (int or float); DataError if one isn't."""
+    """Every field as ``kind`` (int or float); DataError if one isn't, or isn't finite."""
     try:
-        return [kind(value) for value in values]
+        found = [kind(value) for value in values]
     except ValueError as error:
         raise DataError(f"{path}, line {line}: {error}.") from error
+    if kind is float and not all(map(math.isfinite, found)):
+        raise DataError(f"{path}, line {line}: expected finite numbers, found {' '.join(values)}.")
+    return found
 
 
 def class_index(path: Path, line: int, value: str, classes: int, first: int = 0) -> int:
@@ -84,6 +88,6 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable image ({error}).") from error
+    except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error, DecompressionBombError, ...
+        raise DataError(f"{path}: not a readable image ({str(error) or type(error).__name__}).") from error
     return image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,10 @@ def model_facts(name: str, model: nn.Module) -> dict[str, tuple]:
     path = Path(name if model is net else name.partition(":")[2])
     arguments = (path if path.is_dir() else path.parent) / "args.yaml"
     if name != "lite" and arguments.is_file():
-        losses = yaml.safe_load(arguments.read_text())["losses"]
-        facts["losses"] = losses["scheme"], f"{losses['lambda1']:g} : {losses['lambda2']:g}"
+        # another program's file of that name, beside an official checkpoint, says something else
+        with suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+            losses = yaml.safe_load(arguments.read_text())["losses"]
+            facts["losses"] = losses["scheme"], f"{losses['lambda1']:g} : {losses['lambda2']:g}"
     return facts
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -81,5 +82,5 @@ def _read(path: Path) -> MaskGallery | None:
         with np.load(path) as arrays:
             size = tuple(int(n) for n in arrays["size"])
             return MaskGallery(size, *(torch.from_numpy(arrays[name]) for name in _NAMES))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -71,7 +71,7 @@ def read_scores(path: str | Path, data: LocalizationDataset) -> dict[str, np.nda
     try:
         with np.load(path) as arrays:
             scores = dict(zip(arrays["ids"].tolist(), arrays["logits"], strict=True))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: expected an .npz file with ids and logits ({error}).") from error
     if missing := [p.id for p in data.photos if p.id not in scores]:
         raise DataError(f"{path}: {len(missing)} photos have no scores, the first is {missing[0]!r}.")

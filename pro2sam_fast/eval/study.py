@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ class Study:
         self.save_maps, self.parquet = save_maps, parquet
         if parquet:
             table.parquet()
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size!r}")
         self.batch_size, self.ten_crop, self.device = batch_size, ten_crop, resolve_device(device)
         self.maps: dict[tuple[str, str], MapReport] = {}
         self.pixels: dict[str, PixelReport] = {}
@@ -121,18 +124,15 @@ class Study:
 
     def add_maps(self, name: str) -> None:
         """Scores a coarse model's maps against boxes under all protocols, or against masks where photos have these."""
-        predict = self._stored(name) if name.startswith("maps:") else self._model(name)
-        views: dict[int, Predictions] = {}
+        predict = _once_a_view(self._stored(name) if name.startswith("maps:") else self._model(name))
         if not any(photo.masks for photo in self.data.photos):
             for rules in self.protocols:
-                if rules.resize not in views:
-                    views[rules.resize] = predict(rules, self.data)
                 chosen = self._threshold(predict, rules)
                 self.maps[name, rules.name] = evaluate_maps(
-                    views[rules.resize], self.data, rules, fixed=self.fixed, **chosen, **self.measure
+                    predict(rules, self.data), self.data, rules, fixed=self.fixed, **chosen, **self.measure
                 )
         # masks are matched, and pixels counted, in the whole photo
-        whole = views[224] if 224 in views else predict(protocol("direct224"), self.data)
+        whole = predict(protocol("direct224"), self.data)
         self.predictions[name] = whole
         if not self.maps:
             self.pixels[name] = evaluate_pixels(whole, self.data)
@@ -322,8 +322,23 @@ class Study:
         return parts
 
 
+def _once_a_view(predict: _Predict) -> _Predict:
+    """Protocols of the same view share its predictions."""
+    found: dict[tuple[int, int], Predictions] = {}
+
+    def once(rules: Protocol, data: LocalizationDataset) -> Predictions:
+        key = id(data), rules.resize
+        if key not in found:
+            found[key] = predict(rules, data)
+        return found[key]
+
+    return once
+
+
 def _slug(name: str) -> str:
+    """Part of a file's name; of long ones the end, which alone may be that of others."""
     kept = "".join(c if c.isalnum() else "-" for c in name)
-    return "-".join(part for part in kept.split("-") if part)[-60:]
+    slug = "-".join(part for part in kept.split("-") if part)
+    return slug if len(slug) <= 60 else f"{slug[-51:]}-{zlib.crc32(name.encode()):08x}"
 
 

@@ -120,7 +120,7 @@ def read_records(path: str | Path) -> list[Record]:
                 None if ious is None else ious[number - 2],
                 {int(k): tuple(v) for k, v in json.loads(class_boxes).items()},
             )
-        except ValueError as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise DataError(f"{path}, line {number}: {error}.") from error
         records.append(record)
     return records

@@ -34,7 +34,7 @@ def read_state_dict(source: str | os.PathLike | Mapping) -> tuple[dict[str, Tens
         The state dict on the CPU, the other entries of a wrapped checkpoint, and a name for error messages.
 
     Raises:
-        CheckpointError: missing or corrupt file, content that isn't a dictionary of finite floating point tensors.
+        CheckpointError: missing or corrupt file, content that isn't a dictionary of named tensors.
     """
     if isinstance(source, Mapping):
         content, name = source, "the given state dict"

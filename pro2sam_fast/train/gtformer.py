@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ConfigError(f"micro_batch must be at least 1, got {self.micro_batch!r}")
+        for name, kind in (("workers", Integral), ("seed", Integral), ("lr", Real), ("weight_decay", Real)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
         if self.lr_schedule not in ("constant", "cosine"):
             raise ConfigError(f"lr_schedule must be constant or cosine, got {self.lr_schedule!r}")
         if self.amp not in (None, "bfloat16"):

@@ -81,6 +81,9 @@ def test_boxes_from_voc(folder):
     boxes.mkdir()
     (boxes / "d.xml").write_text(XML.format(OBJECT.format("dog", 1)))
     assert ImageFolder(folder, boxes).photos[2].boxes == ((1, 1, 7, 6),)
+    (boxes / "d.xml").write_text(XML.format(OBJECT.format("dog", "nan")))
+    with pytest.raises(DataError, match="d.xml, line 1: object 'dog' has no complete bndbox"):
+        ImageFolder(folder, boxes)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,7 @@ def test_boxes_from_voc(folder):
         ("cat/a.jpg,1,2,3\n", "boxes.csv, line 1: expected path,x0,y0,x1,y1"),
         ("cat/a.jpg,1,2,3,4\ncat/z.jpg,1,2,3,4\n", "line 2: 'cat/z.jpg' is no photo"),
         ("cat/a.jpg,1,2,3,4\ncat/b.png,a,2,3,4\n", "line 2: could not convert"),
+        ("cat/a.jpg,1,2,inf,4\n", "line 1: expected finite numbers, found 1 2 inf 4"),
         ("cat/a.jpg,1,2,3,4\n\ncat/b.png,10,20,5,6\n", "line 3: the box must be x0,y0,x1,y1 with x0 < x1"),
     ],
 )
@@ -311,6 +315,19 @@ def test_labels_of_coco(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"annotation 1: ValueError\('unknown category 3"):
         coco_labels(tmp_path, path)
+    for place, number, key, value in (
+        ("images", 0, "file_name", 5),
+        ("categories", 0, "name", None),
+        ("annotations", 2, "bbox", ["0", "0", "2", "2"]),
+        ("annotations", 2, "bbox", [0, 0, float("nan"), 2]),
+        ("annotations", 2, "bbox", [0, 0, 10**400, 2]),
+    ):
+        wrong = json.loads(json.dumps(content))
+        wrong["annotations"][1]["category_id"] = 2
+        wrong[place][number][key] = value
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=f"annotation {number}:" if place == "annotations" else f"{place}:"):
+            coco_labels(tmp_path, path)
     path.write_text("[]")
     with pytest.raises(DataError, match=r"instances.json: not a COCO annotation file: the top level must be an object"):
         coco_labels(tmp_path, path)

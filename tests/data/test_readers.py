@@ -10,6 +10,7 @@ from PIL import Image
 
 from pro2sam_fast.data.cub import load_cub
 from pro2sam_fast.data.segments import bsds, coco_panoptic, foreground
+from pro2sam_fast.data.tables import open_image
 from pro2sam_fast.errors import DataError
 
 FILES = {
@@ -122,3 +123,10 @@ def test_foreground_pairs_masks_with_photos(tmp_path):
     (photo,) = foreground(tmp_path / "photos", tmp_path / "masks")
     assert ((photo.maps[0] == 1) == (alpha == 255)).all()
     assert ((photo.maps[0] == 2) == (alpha == 0)).all()
+
+
+def test_a_photo_with_too_many_pixels_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 6)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(DataError, match=r"x\.png: not a readable image .*48 pixels"):
+        open_image(tmp_path / "x.png")

@@ -173,7 +173,11 @@ def test_every_photo_must_be_there(data):
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [("id,label", "id,class", "line 1: expected the columns"), ("green/0.png,0", "green/0.png,zero", "line 2")],
+    [
+        ("id,label", "id,class", "line 1: expected the columns"),
+        ("green/0.png,0", "green/0.png,zero", "line 2"),
+        (",map,{}", ",map,5", "line 2"),
+    ],
 )
 def test_malformed_tables_name_the_line(data, tmp_path, old, new, message):
     report = evaluate_maps(predict_maps(brightness, data), data)

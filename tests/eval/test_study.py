@@ -14,12 +14,15 @@ from pro2sam_fast.boxes import iou_exact
 from pro2sam_fast.cli import main
 from pro2sam_fast.data.localization import ImageFolder
 from pro2sam_fast.errors import CheckpointError, ConfigError, DataError
-from pro2sam_fast.eval.coarse import external_scores
+from pro2sam_fast.eval.coarse import external_scores, model_facts
 from pro2sam_fast.eval.gallery_cache import GalleryCache
 from pro2sam_fast.eval.localization import LocalizationAccuracy
+from pro2sam_fast.eval.maps import Predictions
 from pro2sam_fast.eval.protocols import PROTOCOLS
 from pro2sam_fast.eval.stored import load_maps
+from pro2sam_fast.eval.study import Study, _slug
 from pro2sam_fast.eval.table import read_records
+from pro2sam_fast.models.gtformer import build_gtformer
 from pro2sam_fast.models.trained import ModelSpec, build_trained, load_trained
 
 
@@ -237,12 +240,13 @@ def test_galleries_are_found_by_content(tmp_path, photos):
         assert one.size == two.size and torch.equal(one.masks, two.masks) and torch.equal(one.points, two.points)
     GalleryCache(generator, tmp_path, {"points_per_side": 3}).generate([a])
     assert generator.calls == 3, "other options, other galleries"
-    for path in tmp_path.rglob("*.npz"):
-        path.write_bytes(path.read_bytes()[:100])
-    restored = cache.generate([a])[0]
-    assert generator.calls == 4 and torch.equal(restored.masks, fresh[0].masks)
+    for number, damaged in enumerate((lambda body: body[:100], lambda body: body[:60] + b"\xff" * 9 + body[69:]), 4):
+        for path in tmp_path.rglob("*.npz"):
+            path.write_bytes(damaged(path.read_bytes()))
+        restored = cache.generate([a])[0]
+        assert generator.calls == number and torch.equal(restored.masks, fresh[0].masks)
     GalleryCache(generator, None).generate([a])
-    assert generator.calls == 5
+    assert generator.calls == 6
 
 
 def test_scores_of_another_model(photos, tmp_path):
@@ -253,9 +257,12 @@ def test_scores_of_another_model(photos, tmp_path):
     np.savez(tmp_path / "scores.npz", ids=ids[:4], logits=np.zeros((4, 2)))
     with pytest.raises(DataError, match="2 photos have no scores"):
         external_scores(data, str(tmp_path / "scores.npz"))
+    np.save(tmp_path / "scores.npy", np.zeros((6, 2)))
+    (tmp_path / "none.npz").touch()
     (tmp_path / "scores.npz").write_bytes(b"no")
-    with pytest.raises(DataError, match="expected an .npz file"):
-        external_scores(data, str(tmp_path / "scores.npz"))
+    for name in ("scores.npz", "none.npz", "scores.npy"):
+        with pytest.raises(DataError, match="expected an .npz file"):
+            external_scores(data, str(tmp_path / name))
     with pytest.raises(ConfigError, match="not both"):
         external_scores(data, "a", "b")
     with pytest.raises(ConfigError, match="timm can't give"):
@@ -274,11 +281,42 @@ def test_scores_of_another_model(photos, tmp_path):
         (["--data", "folder", "--iou-set", "50"], "must lie in (0, 1], got 50"),
         (["--data", "folder", "--val-list", "x"], "takes no val_list"),
         (["--data", "folder", "--protocol", "best"], "unknown protocol 'best'"),
+        (["--data", "folder", "--fixed", "0.3,high"], "--fixed: expected a number, not 'high'"),
+        (["--data", "folder", "--iou-set", "nan"], "--iou-set: expected a number, not 'nan'"),
+        (["--data", "folder", "--masks", "--sam-input", "big"], "--sam-input must be 'native' or a whole number"),
+        (["--data", "folder", "--batch-size", "0"], "batch_size must be at least 1"),
     ],
 )
 def test_wrong_usage(arguments, message, photos, tmp_path, capsys):
     assert main(["evaluate", "--root", str(photos), "--output", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_protocols_of_one_view_share_its_predictions(photos, tmp_path, monkeypatch):
+    data, val = (ImageFolder(photos, photos / "boxes.csv") for _ in range(2))
+    study, asked = Study(data, tmp_path, protocols=("direct224", "wsoleval"), val=val, device="cpu"), []
+
+    def predict(rules, of):
+        asked.append((of is val, rules.resize))
+        maps = np.random.default_rng(0).random((6, 14, 14), dtype=np.float32)
+        return Predictions([photo.id for photo in of.photos], maps, None, [(128, 96)] * 6)
+
+    monkeypatch.setattr(Study, "_model", lambda self, name: predict)
+    study.add_maps("any")
+    assert len(study.maps) == 2 and sorted(asked) == [(False, 224), (True, 224)]
+
+
+def test_files_of_models_with_long_names_stay_apart():
+    run = "/data/users/somebody/experiments/localization/2026/november/runs/one"
+    assert len({_slug(run), _slug(f"cam:{run}"), _slug(f"gradcam:{run}")}) == 3
+    assert _slug("cam:runs/a") == "cam-runs-a" and len(_slug(f"cam:{run}")) == 60
+
+
+def test_arguments_of_another_program_say_nothing(tmp_path):
+    net = build_gtformer("deit_tiny", 2)
+    for text in ("model: deit_small\n", "[1", "losses: {scheme: sat, lambda1: a}\n"):
+        (tmp_path / "args.yaml").write_text(text)
+        assert model_facts(str(tmp_path / "official.pth"), net).keys() == {"attention", "tokens"}
 
 
 def test_wrong_models(tmp_path):

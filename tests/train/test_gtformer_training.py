@@ -223,7 +223,17 @@ def test_two_ranks_are_one(photos, tmp_path, processes, fails):
 
 @pytest.mark.parametrize(
     "options",
-    [{"epochs": 0}, {"micro_batch": 0}, {"lr_schedule": "step"}, {"amp": "float16"}, {"ema": 1.0}],
+    [
+        {"epochs": 0},
+        {"micro_batch": 0},
+        {"lr_schedule": "step"},
+        {"amp": "float16"},
+        {"ema": 1.0},
+        {"workers": -1},
+        {"seed": -6},
+        {"lr": -1e-4},
+        {"weight_decay": float("nan")},
+    ],
 )
 def test_wrong_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
