@@ -46,7 +46,10 @@ _TO_CONTINUE = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's) and return its exit status."""
     parser, run = _parsers()
-    arguments = parser.parse_args(None if argv is None else list(argv))
+    try:
+        arguments = parser.parse_args(None if argv is None else list(argv))
+    except UnicodeDecodeError as error:
+        parser.error(f"--config must be a file in UTF-8 ({error})")
     command = arguments.subcommand
     try:
         with warnings.catch_warnings():

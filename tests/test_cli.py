@@ -265,6 +265,14 @@ def test_wrong_config_file(tmp_path, text, words, capsys):
     assert caught.value.code == 2 and re.search(words, message) and message.count("\n") == 1
 
 
+def test_config_file_in_another_encoding(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(b"source: caf\xe9\n")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["localize", "--config", str(tmp_path / "run.yaml")])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and "--config must be a file in UTF-8" in message and message.count("\n") == 1
+
+
 def test_config_file_with_one_source(run, photos, tmp_path):
     (tmp_path / "run.yaml").write_text(f"source: {photos / 'a.png'}\noutput: {tmp_path / 'out'}\n")
     assert run("localize", "--config", tmp_path / "run.yaml", out=None) == 0

@@ -84,18 +84,24 @@ def with_boxes(photos: Sequence[LabelledPhoto], path: Path) -> list[LabelledPhot
 def _boxes(path: Path, ids: set[str]) -> dict[str, list[Corners]]:
     found = defaultdict(list)
     if path.is_dir():
-        by_stem = {Path(name).stem: name for name in ids}
+        named = defaultdict(list)
+        for name in ids:
+            for key in {str(Path(name).with_suffix("")), Path(name).stem}:
+                named[key].append(name)
         for xml in sorted(path.rglob("*.xml")):
-            if xml.stem not in by_stem:
-                raise DataError(f"{xml}: no photo has this name.")
-            found[by_stem[xml.stem]] = [box for _, box in voc_objects(xml)]
+            names = named.get(str(xml.relative_to(path).with_suffix(""))) or named[xml.stem]
+            if len(names) != 1:
+                raise DataError(f"{xml}: {len(names) or 'no'} photos have this name.")
+            if names[0] in found:
+                raise DataError(f"{xml}: photo {names[0]!r} has another annotation.")
+            found[names[0]] = [box for _, box in voc_objects(xml)]
         return found
     if path.suffix.lower() == ".json":
         coco = load_coco(path)
         for key, things in coco.things.items():
             if (name := coco.files[key]) not in ids:
                 raise DataError(f"{path}: {name!r} is no photo of the folder.")
-            found[name] = [box for _, box in things]
+            found[name] += [box for _, box in things]
         return found
     for number, row in enumerate(csv.reader(lines(path)), 1):
         if not row or (number == 1 and row[1:2] and row[1].strip().lower() in ("x0", "xmin", "x1", "x")):

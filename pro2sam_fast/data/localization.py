@@ -111,7 +111,8 @@ class ImageFolder(LocalizationDataset):
     Args:
         root: see above.
         boxes: None; a CSV whose rows are ``path,x0,y0,x1,y1`` with paths relative to ``root`` (a header is fine, a
-            photo may have several rows); a COCO annotation file; or a folder of VOC XML files with the photos' stems.
+            photo may have several rows); a COCO annotation file; or a folder of VOC XML files with the photos' stems,
+            in folders like theirs where two photos share one.
         class_names: of another data set, e.g. the training split, so that indices agree.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -85,9 +86,21 @@ def require_files(root: Path, paths: list[Path]) -> None:
 
 def open_image(path: Path) -> Image.Image:
     """A decoded image as the file stores it: EXIF orientation is ignored, as by everyone who annotates pixels."""
-    try:
+    with _reading(path):
         image = Image.open(path)
         image.load()
+    return image
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(W, H) of what `open_image` gives, from the file's header."""
+    with _reading(path), Image.open(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error, DecompressionBombError, ...
         raise DataError(f"{path}: not a readable image ({str(error) or type(error).__name__}).") from error
-    return image

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.localization import LabelledPhoto, LocalizationDataset
-from ..data.tables import open_image
+from ..data.tables import image_size
 from ..errors import DataError
 from ..io import write_atomic
 from .maps import Predictions
@@ -59,7 +59,7 @@ def load_maps(folder: str | Path, data: LocalizationDataset, rules: Protocol) ->
     scores = read_scores(folder / _SCORES, data) if (folder / _SCORES).exists() else None
     ids = [photo.id for photo in data.photos]
     scores = None if scores is None else np.stack([scores[key] for key in ids])
-    return Predictions(ids, np.stack(maps), scores, [open_image(photo.path).size for photo in data.photos])
+    return Predictions(ids, np.stack(maps), scores, [image_size(photo.path) for photo in data.photos])
 
 
 def read_scores(path: str | Path, data: LocalizationDataset) -> dict[str, np.ndarray]:

@@ -81,6 +81,22 @@ def test_boxes_from_voc(folder):
     boxes.mkdir()
     (boxes / "d.xml").write_text(XML.format(OBJECT.format("dog", 1)))
     assert ImageFolder(folder, boxes).photos[2].boxes == ((1, 1, 7, 6),)
+    photo(folder / "cat" / "d.jpg")
+    with pytest.raises(DataError, match="d.xml: 2 photos have this name"):
+        ImageFolder(folder, boxes)
+    for i, name in enumerate(("dog", "cat"), 1):
+        (boxes / name).mkdir()
+        (boxes / name / "d.xml").write_text(XML.format(OBJECT.format(name, i)))
+    (boxes / "d.xml").unlink()
+    assert {p.id: p.boxes for p in ImageFolder(folder, boxes).photos if p.boxes} == {
+        "cat/d.jpg": ((2, 1, 7, 6),),
+        "dog/d.jpg": ((1, 1, 7, 6),),
+    }
+    (folder / "cat" / "d.jpg").unlink()
+    with pytest.raises(DataError, match="photo 'dog/d.jpg' has another annotation"):
+        ImageFolder(folder, boxes)
+    (boxes / "cat" / "d.xml").unlink()
+    (boxes / "dog" / "d.xml").unlink()
     (boxes / "d.xml").write_text(XML.format(OBJECT.format("dog", "nan")))
     with pytest.raises(DataError, match="d.xml, line 1: object 'dog' has no complete bndbox"):
         ImageFolder(folder, boxes)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pro2sam_fast.data.cub import load_cub
 from pro2sam_fast.data.segments import bsds, coco_panoptic, foreground
-from pro2sam_fast.data.tables import open_image
+from pro2sam_fast.data.tables import image_size, open_image
 from pro2sam_fast.errors import DataError
 
 FILES = {
@@ -127,6 +127,7 @@ def test_foreground_pairs_masks_with_photos(tmp_path):
 
 def test_a_photo_with_too_many_pixels_is_named(tmp_path, monkeypatch):
     Image.new("RGB", (8, 6)).save(tmp_path / "x.png")
+    assert image_size(tmp_path / "x.png") == (8, 6)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     with pytest.raises(DataError, match=r"x\.png: not a readable image .*48 pixels"):
         open_image(tmp_path / "x.png")
