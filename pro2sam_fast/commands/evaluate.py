@@ -129,7 +129,7 @@ def run(arguments: Namespace) -> int:
     files = {name: arguments[name] for name in ("boxes", "val_list", "metadata")}
     data = open_dataset(arguments.data, arguments.root, False, **files)
     val = None
-    if arguments.val_root is not None or arguments.val_metadata is not None:
+    if any(arguments[name] is not None for name in ("val_root", "val_boxes", "val_metadata")):
         if arguments.data not in ("folder", "wsol"):
             raise ConfigError(
                 f"{arguments.data} has no other photos with boxes; take its wsol metadata, or --threshold"

@@ -162,10 +162,8 @@ def _run_gtformer(arguments: Namespace) -> int:
     shape = {name: value for name, value in shape.items() if value is not None}
     spec = ModelSpec(arguments.arch, tuple(data.class_names), preset, shape)
     torch.manual_seed(6 if arguments.seed is None else arguments.seed)
-    if arguments.arch == "lite":
-        model = build_trained(spec, trunk=load_lite().classifier.trunk)
-    else:
-        model = build_trained(spec, True if arguments.pretrained == "download" else arguments.pretrained or False)
+    trunk = load_lite().classifier.trunk if arguments.arch == "lite" else None
+    model = build_trained(spec, True if arguments.pretrained == "download" else arguments.pretrained or False, trunk)
     recipe = _recipe(arguments, preset)
     area = arguments.area_target
     if area is None:
@@ -216,16 +214,15 @@ def _evaluation(arguments: Namespace, class_names: list[str], device, wrapper):
     from ..eval.maps import evaluate_maps, predict_on_all_ranks
 
     val = {"metadata": arguments.val_metadata, "boxes": arguments.val_boxes, "val_list": arguments.val_list}
-    if arguments.data in ("cub", "ilsvrc", "voc", "coco"):
-        if not arguments.oracle:
-            return None
-        held_out = open_dataset(arguments.data, arguments.root, False, **val, class_names=class_names)
-    elif arguments.val_root is None and arguments.val_metadata is None:
+    has_split = arguments.data in ("cub", "ilsvrc", "voc", "coco")
+    others = arguments.val_root is not None or arguments.val_metadata is not None
+    if has_split and others:
+        raise ConfigError(f"{arguments.data} takes no other photos to choose the best epoch by; --oracle takes its own")
+    if arguments.oracle and not has_split:
+        raise ConfigError(f"{arguments.data} has no test split for --oracle; name other photos with --val-root")
+    if not (arguments.oracle or others or (arguments.val_boxes is not None and not has_split)):
         return None
-    else:
-        held_out = open_dataset(
-            arguments.data, arguments.val_root or arguments.root, False, class_names=class_names, **val
-        )
+    held_out = open_dataset(arguments.data, arguments.val_root or arguments.root, False, **val, class_names=class_names)
 
     def evaluate(model):
         predictions = predict_on_all_ranks(model if wrapper is None else wrapper(model), held_out, "sat", device=device)

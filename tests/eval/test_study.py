@@ -292,6 +292,36 @@ def test_wrong_usage(arguments, message, photos, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "folder", "--oracle"], "folder has no test split for --oracle"),
+        (["--data", "voc", "--val-root", "x"], "voc takes no other photos"),
+        (["--data", "folder", "--pretrained", "deit.pth"], "takes a trunk, not pretrained weights"),
+    ],
+)
+def test_options_of_training_that_would_do_nothing(arguments, message, photos, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "voc" / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text("a\n")
+    for folder in ("Annotations", "JPEGImages"):
+        (tmp_path / "voc" / folder).mkdir()
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>7</xmax><ymax>6</ymax></bndbox>"
+    (tmp_path / "voc" / "Annotations" / "a.xml").write_text(f"<a><object><name>red</name>{box}</object></a>")
+    Image.open(photos / "red" / "0.png").convert("RGB").save(tmp_path / "voc" / "JPEGImages" / "a.jpg")
+    root = tmp_path / "voc" if "voc" in arguments else photos
+    options = ["--root", str(root), "--arch", "lite", "--run", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(["train", "gtformer", *arguments, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_boxes_to_choose_a_threshold_by_are_read(photos, tmp_path, capsys):
+    options = ["--data", "folder", "--root", str(photos), "--boxes", str(photos / "boxes.csv")]
+    options += ["--val-boxes", str(tmp_path / "none.csv"), "--output", str(tmp_path)]
+    assert main(["evaluate", *options]) == 1
+    assert "none.csv: can't be read" in capsys.readouterr().err
+
+
 def test_protocols_of_one_view_share_its_predictions(photos, tmp_path, monkeypatch):
     data, val = (ImageFolder(photos, photos / "boxes.csv") for _ in range(2))
     study, asked = Study(data, tmp_path, protocols=("direct224", "wsoleval"), val=val, device="cpu"), []
