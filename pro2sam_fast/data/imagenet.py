@@ -11,7 +11,6 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from ..errors import ConfigError, DataError
-from ..io import IMAGE_EXTENSIONS
 from .annotations import ilsvrc_boxes, with_boxes
 from .labelled import (
     WNID,
@@ -21,6 +20,7 @@ from .labelled import (
     class_folders,
     class_key,
     folders,
+    is_photo,
     photos_in,
 )
 from .tables import class_index, convert, lines, require_files, rows
@@ -70,7 +70,7 @@ class ILSVRC(LocalizationDataset):
             wnids = sorted({wnid for wnid, _ in known.values()})
         else:
             wnids = sorted(_synsets(Path(val_list)).values())
-        files = {p.stem: p for p in sorted((root / "val").rglob("*")) if p.suffix.lower() in IMAGE_EXTENSIONS}
+        files = {p.stem: p for p in sorted((root / "val").rglob("*")) if is_photo(p)}
         index = {name: i for i, name in enumerate(wnids)}
         listed = _val_list(Path(val_list), wnids) if val_list is not None else [(k, None) for k in sorted(known)]
         require_files(root / "val", [files.get(stem, root / "val" / f"{stem}.JPEG") for stem, _ in listed])

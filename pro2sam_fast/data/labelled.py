@@ -25,6 +25,7 @@ __all__ = [
     "class_key",
     "few_shot",
     "folders",
+    "is_photo",
     "photos_in",
 ]
 
@@ -137,12 +138,17 @@ def folders(root: Path) -> list[Path]:
         raise DataError(f"{root}: can't be listed ({error.strerror}).") from error
 
 
+def is_photo(path: Path) -> bool:
+    """Whether a file counts as a photo: by its extension, and not hidden, as what macOS adds to a photo, ._tom.jpg."""
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
 def class_folders(root: Path, names: Sequence[str]) -> list[LabelledPhoto]:
     """The photos below ``root/<name>`` of each class, at any depth."""
     photos = []
     for label, name in enumerate(names):
         for path in sorted((root / name).rglob("*")):
-            if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file():
+            if is_photo(path):
                 photos.append(LabelledPhoto(path.relative_to(root).as_posix(), path, label))
     if not photos:
         raise DataError(f"{root}: no photo in the class folders {', '.join(list(names)[:3])}, ...")
@@ -152,6 +158,6 @@ def class_folders(root: Path, names: Sequence[str]) -> list[LabelledPhoto]:
 def photos_in(root: Path) -> list[Path]:
     """The photos in a folder, sorted, none below it."""
     try:
-        return sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
+        return sorted(filter(is_photo, root.iterdir()))
     except OSError as error:
         raise DataError(f"{root}: can't be listed ({error.strerror}).") from error

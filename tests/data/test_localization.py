@@ -48,6 +48,7 @@ def imagenet(tmp_path):
 
 
 def test_items(folder):
+    (folder / "cat" / "._a.jpg").write_bytes(b"what macOS knows of a.jpg")
     data = ImageFolder(folder, transform=np.asarray)
     assert data.class_names == ["cat", "dog"] and len(data) == 4
     image, label, index = data[3]
