@@ -53,10 +53,10 @@ def measure(
         warm = time.perf_counter()
         size = _PHOTOS_A_PASS.get(localizer.device.type, _PHOTOS_A_PASS_ELSEWHERE)
         endless = itertools.cycle(sources)
-        spent, photos, pixels, stages = 0.0, 0, 0, {}
-        while not spent or (photos and spent < seconds):
+        spent, tried, photos, pixels, stages = 0.0, 0, 0, 0, {}
+        while spent < seconds if photos else tried < len(sources):
             results, times, wall = stage_times(localizer, list(itertools.islice(endless, size)), size)
-            spent += wall
+            spent, tried = spent + wall, tried + size
             photos += len(results)
             pixels += sum(height * width for height, width in (result.orig_shape for result in results))
             stages = {stage: stages.get(stage, 0.0) + len(results) * ms for stage, ms in times.items()}

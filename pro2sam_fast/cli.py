@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INCOMPLETE
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
-        tell(f"pro2sam-fast {command}: cannot write {where}{error.strerror or error}", sys.stderr)
+        tell(f"pro2sam-fast {command}: {where}{error.strerror or error}", sys.stderr)
         return INCOMPLETE
 
 

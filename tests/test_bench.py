@@ -57,6 +57,9 @@ def test_own_photos_without_the_bad_one(small, tmp_path):
     assert small[0][1]["dtype"] == "float32"
     assert found["photos"] == {"source": str(tmp_path), "files": 3, "megapixels": 0.005} and found["measured"] == 3
     assert str(tmp_path) in bench.text(found)
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(b"bad")
+    assert bench.measure(str(tmp_path), seconds=0)["measured"] == 2
 
 
 @pytest.mark.parametrize("name", ["missing", "bad.png", "void"])
