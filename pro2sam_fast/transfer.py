@@ -31,7 +31,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @functools.cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    # Streams come from a pool of each priority, in turn: no graph is recorded on this one, of another priority.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Upload:
@@ -42,7 +43,8 @@ class Upload:
         if device.type != "cuda":
             self._there = tensor.to(device)
             return
-        with torch.cuda.stream(_copies(device)):
+        # a stream alone would make the thread's own device current again, with a context on it
+        with torch.cuda.device(device), torch.cuda.stream(_copies(device)):
             self._there = to_device(tensor, device)
             self._event = torch.cuda.Event()
             self._event.record()

@@ -74,19 +74,25 @@ def test_an_upload_is_in_step_with_both_streams(monkeypatch):
     current = types.SimpleNamespace(wait_event=lambda event: done.append("wait"))
 
     @contextlib.contextmanager
-    def stream(chosen):
+    def using(chosen):
         done.append(f"enter {chosen}")
         yield
         done.append("leave")
 
     monkeypatch.setattr(transfer, "_copies", lambda device: "copies")
     monkeypatch.setattr(transfer, "to_device", lambda tensor, device: done.append("copy") or there)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "device", using)
+    monkeypatch.setattr(torch.cuda, "stream", using)
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     upload = Upload(torch.zeros(3), torch.device("cuda", 0))
-    assert done == ["enter copies", "copy", "record", "leave"]
-    assert upload.result() is there and done[4:] == ["wait", ("held by", current)]
+    assert done == ["enter cuda:0", "enter copies", "copy", "record", "leave", "leave"]
+    assert upload.result() is there and done[6:] == ["wait", ("held by", current)]
+
+
+def test_uploads_share_no_stream_with_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None, priority=0: ("pool of priority", priority))
+    assert transfer._copies.__wrapped__(torch.device("cuda", 0)) != torch.cuda.Stream()
 
 
 @pytest.mark.cuda
@@ -114,6 +120,13 @@ def test_uploads_and_readings_in_step_with_a_busy_gpu():
         del upload
     for i, reading in enumerate(readings):
         np.testing.assert_array_equal(reading.result().numpy(), i + 1)
+
+
+@pytest.mark.cuda
+def test_no_graphs_stream_is_that_of_uploads():
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    copies = transfer._copies(device)
+    assert all(torch.cuda.Stream(device).cuda_stream != copies.cuda_stream for _ in range(100))
 
 
 @pytest.mark.cuda
