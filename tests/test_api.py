@@ -32,6 +32,7 @@ from pro2sam_fast.models.trunk import EfficientNetLite0
 from pro2sam_fast.pipelines.matching import NoMaskError, match
 from pro2sam_fast.pipelines.pro2sam import Localizer, PhotoNet, resolve_device
 from pro2sam_fast.results import Localization
+from pro2sam_fast.sharding import check_devices
 
 spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -483,6 +484,15 @@ def test_missing_gpu():
     with pytest.raises(BackendError, match="no device 'cuda'"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 3), ("current_device", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for device in ("auto", "cuda", torch.device("cuda"), "cuda:2"):
+        assert resolve_device(device) == torch.device("cuda", 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert check_devices("cuda,1") == ["cuda:2", "cuda:1"]
 
 
 class Evil:

@@ -401,10 +401,12 @@ class _Batch:
 def resolve_device(device: str | torch.device) -> torch.device:
     """ "auto" -> CUDA where a GPU works, else CPU; anything else as torch.device reads it.
 
+    "cuda" is the current GPU, by its number: in other threads another may be current.
+
     Raises ConfigError for an unknown device and BackendError for one that isn't there.
     """
     if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -413,6 +415,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise BackendError(f"no device '{device}': torch finds {count} usable CUDA devices; use device='cpu'")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     elif device.type == "meta":
         raise ConfigError("device 'meta' computes nothing: use 'auto', 'cpu', 'cuda' or 'cuda:0'")
     elif device.type != "cpu":
