@@ -173,6 +173,16 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch):
     assert op.first_use("cuda", CPU) is None and calls == [5, 5, 3]
 
 
+def test_a_failure_while_a_graph_is_captured_is_no_verdict(monkeypatch, quiet):
+    op = registration(cuda=later(RuntimeError("operation not permitted when stream is capturing")), triton=double)
+    assert op.first_use("cuda", CPU) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(_backends, "capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="^operation not permitted"):
+            op("auto", X)
+    assert op.failures() == {} and op.pick("auto", CPU) == "cuda"
+
+
 def test_capturing_is_asked_of_gpus_alone():
     assert _backends.capturing(CPU) is False
 

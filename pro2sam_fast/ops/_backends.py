@@ -152,8 +152,8 @@ class Registration:
     def __call__(self, backend: str, *arguments):
         """Calls the back end of that name, or with "auto" the first that can do it.
 
-        What a kernel raises is the caller's if it is a TypeError, a ValueError or a lack of memory; anything else makes
-        `auto` go to the next back end, with a warning.
+        What a kernel raises is the caller's if it is a TypeError, a ValueError or a lack of memory, or if a CUDA graph
+        is being captured, which may be why; anything else makes `auto` go to the next back end, with a warning.
         """
         device = arguments[0].device
         while True:
@@ -163,7 +163,7 @@ class Registration:
             except (TypeError, ValueError):
                 raise
             except Exception as error:  # a failed launch or compilation, or whatever else a driver comes up with
-                if backend != "auto" or chosen == "reference" or is_out_of_memory(error):
+                if backend != "auto" or chosen == "reference" or is_out_of_memory(error) or capturing(device):
                     raise
                 self.dropped[chosen, device] = f"it failed: {one_line(error)}"
 
