@@ -135,7 +135,8 @@ class MaskGenerator:
     """All masks of a photo: prompts on a grid, three masks a prompt, filters, non-maximum suppression.
 
     Gives the masks of `segment_anything.SamAutomaticMaskGenerator` in the same order, in float32. A gallery does not
-    depend on ``points_per_batch`` or on the other photos of a call. Where the other package fails or wavers, this one
+    depend on ``points_per_batch`` or on the other photos of a call, but that a GPU encodes several together, whose
+    products may round as those of another number do. Where the other package fails or wavers, this one
     doesn't: no survivors give an empty gallery (there: IndexError with crops), box coordinates stay integers, very
     thin photos work, rows longer than 32767 pixels are counted without overflow, scores tied in NMS keep the order of
     the candidates however many they are, and the resizing does not depend on the number of threads.
@@ -162,7 +163,8 @@ class MaskGenerator:
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or the torch dtype) for encoder and decoder through
             autocast; filters, resizing and the encoder of ``lite`` always work in float32. On a CPU the decoder takes
             bfloat16 operands where the processor multiplies them (AVX512-BF16), else float32; on a GPU float16 for both
-            reduced types, and bfloat16 where numbers are beyond its range.
+            reduced types, and bfloat16 where numbers are beyond its range. There PyTorch rounds the operands of
+            convolutions in float32, the encoder's, to TF32 unless ``torch.backends.cudnn.allow_tf32`` is False.
 
     Raises:
         ConfigError: an argument is out of its range; the message names it.

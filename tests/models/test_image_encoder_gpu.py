@@ -30,6 +30,12 @@ def relative_error(found, expected):
     return float((found.double().cpu() - expected).norm() / expected.norm())
 
 
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch):
+    """By default a GPU rounds the operands of convolutions in float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=["reference", "triton"])
 def backend(request):
     problem = BackendCase(request.param, "cpu").problem
