@@ -189,6 +189,8 @@ def _top_level(source) -> Iterable:
 
 
 def _memory_source(item, position: int) -> Source:
+    if _is_tensor(item) and item.is_cuda:
+        item = item.detach().cpu()  # behind what makes it: a thread that reads would wait for its own stream's work
     path = getattr(item, "filename", None) if isinstance(item, Image.Image) else None
     path = os.fspath(path) if path and isinstance(path, (str, os.PathLike)) else None
     return Source(item, path, os.path.basename(path) if path else f"image-{position:06d}")

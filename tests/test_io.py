@@ -378,6 +378,22 @@ def test_bad_arrays_and_tensors(array, word):
     fails(array, word)
 
 
+def test_tensors_of_a_gpu_are_fetched_by_the_caller():
+    fetched = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        def cpu(self):
+            fetched.append(threading.current_thread())
+            return self.as_subclass(torch.Tensor)
+
+    tensors = [torch.full((3, 2, 2), n, dtype=torch.uint8).as_subclass(OnGpu) for n in range(5)]
+    found = [photo for _, photo, _ in read_sources(iter_sources(tensors), ahead=2)]
+    assert [int(photo[0, 0, 0]) for photo in found] == [0, 1, 2, 3, 4]
+    assert fetched == [threading.main_thread()] * 5
+
+
 def test_tensors():
     rgb = photo()
     tensor = torch.from_numpy(rgb).permute(2, 0, 1)
