@@ -33,6 +33,19 @@ def test_calls_run_in_turns(bench, monkeypatch):
     assert all(ms >= 0 for found in samples.values() for ms in found)
 
 
+def test_a_gpu_is_timed_on_its_own_stream(bench, monkeypatch):
+    """Stand-ins; the second call, which records graphs, isn't measured even if the first took long."""
+    measuring, gpu, log = bench("measuring"), torch.device("cuda", 1), []
+    event = types.SimpleNamespace(record=log.append, synchronize=lambda: None, elapsed_time=lambda end: 2.0)
+    monkeypatch.setattr(measuring, "LONG_CALL_S", -1.0)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: types.SimpleNamespace(zero_=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    samples = measuring.interleaved({"a": lambda: log.append("call")}, gpu, seconds=0.0, least_rounds=1)
+    assert samples == {"a": [2.0]} and log == ["call", "call", gpu, "call", gpu]
+
+
 def test_a_budget_adds_rounds_up_to_a_limit(bench, monkeypatch):
     measuring = bench("measuring")
     monkeypatch.setattr(measuring, "MOST_ROUNDS", 7)
