@@ -149,8 +149,8 @@ class Localization:
         """Write the result, atomically; never over the photo itself.
 
         target: a name ending in .json (the record), in an image extension (the overlay of `plot`), or else a folder,
-        made if missing, which gets `<name>.jpg` (overlay), `<name>-mask.png` (0/255) and `<name>.json`. Returns the
-        paths written.
+        made if missing and not the photo's own, which gets `<name>.jpg` (overlay), `<name>-mask.png` (0/255) and
+        `<name>.json`. Returns the paths written.
         """
         target = Path(target)
         suffix = target.suffix.lower()
@@ -161,6 +161,10 @@ class Localization:
         self._require_result()
         stem = str(target / OutputNames().claim(self.name or os.path.basename(self.path or "image")))
         make_parent(stem)
+        if self.path is not None and os.path.exists(self.path):
+            own = os.path.dirname(self.path) or os.curdir
+            if os.path.samefile(own, os.path.dirname(stem)):
+                raise ConfigError(f"refusing to write results among the photos of '{own}': choose another folder")
         picture = self.plot(image)
         picture_suffix = overlay_suffix(picture.size)
         return [

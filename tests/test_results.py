@@ -162,6 +162,10 @@ def test_save_never_writes_over_the_photo(tmp_path):
         with pytest.raises(ConfigError, match="refusing"):
             result(path, name="a.jpg").save(target)
     assert path.read_bytes() == before
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="refusing"):  # its picture would be a.jpg
+        result(tmp_path / "a.png", name="a.png").save(tmp_path)
+    assert path.read_bytes() == before
 
 
 def test_thin_pictures_that_jpeg_cannot_hold(tmp_path):

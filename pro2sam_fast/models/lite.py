@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -170,7 +170,7 @@ def _assemble(tensors: dict[str, Tensor], path: Path) -> LiteModel:
             metadata = {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k != "format"}
         class_names, coarse_class_names = metadata["class_names"], metadata["coarse_class_names"]
         defaults, card = metadata["defaults"], metadata["card"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"Checkpoint {path} has no lite metadata; use a file that lite training wrote."
         ) from error

@@ -100,6 +100,9 @@ def test_other_files_are_refused(model, path, tmp_path):
     save_file(tensors, bare)
     with pytest.raises(CheckpointError, match="no lite metadata"):
         load_lite(bare)
+    torch.save(tensors, tmp_path / "lite.pth")
+    with pytest.raises(CheckpointError, match="no lite metadata"):
+        load_lite(tmp_path / "lite.pth")
 
 
 def test_cached_features_give_the_forward_pass(model):
