@@ -25,6 +25,7 @@ from ..models.sam import Sam
 from ..models.sam.lite import SAM_TRUNK
 from ..models.trunk import EfficientNetLite0
 from .checkpoint import load_latest, save_checkpoint
+from .gtformer import TrainingDivergedError
 from .optimizer import decay_groups
 
 
@@ -243,8 +244,9 @@ def train_sam_lite(sam: Sam, photos: list, config: SamLiteConfig, run: Path, wor
                 out["affinity"] = affinity(embedding, batch.labels)
             loss = out["loss"] + config.affinity_weight * out["affinity"]
             if not torch.isfinite(loss):
-                torch.save(batch, run / f"nan_{step}.pt")
-                raise FloatingPointError(f"Loss is {loss.item()} at step {step}; the batch is in {run}/nan_{step}.pt.")
+                culprit = run / f"nan_{step}.pt"
+                torch.save(batch, culprit)
+                raise TrainingDivergedError(f"Loss is {loss.item()} at step {step}; the batch is in {culprit}.")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, config.clip)
