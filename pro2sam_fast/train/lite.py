@@ -71,7 +71,7 @@ def sam_phases() -> list[SamLiteConfig]:
         SamLiteConfig(steps=2000, lr=3e-4, seed=2, **late),
         SamLiteConfig(steps=2600, lr=3e-4, seed=3, tuned=(3, 4), **late),
         SamLiteConfig(steps=850, lr=2e-4, seed=4, tuned=(3, 4), **late),
-        SamLiteConfig(steps=2500, lr=3e-4, seed=5, tuned=(3, 4), follows=2, **late | {"iou_weight": 2}),
+        SamLiteConfig(steps=2500, stop_at=2242, lr=3e-4, seed=5, tuned=(3, 4), follows=2, **late | {"iou_weight": 2}),
     ]
 
 
@@ -84,7 +84,7 @@ class LiteRecipe:
     """
 
     sam: list[SamLiteConfig] = field(default_factory=sam_phases)
-    souped: int = 2
+    souped: int = 3
     gtformer: GTFormerLiteConfig = field(default_factory=GTFormerLiteConfig)
     defaults: dict = field(default_factory=lambda: dict(LITE_DEFAULTS))
 
