@@ -35,7 +35,7 @@ def add_layer_norm(
         delta: float32, bfloat16 or float16, of the same shape.
         weight, bias: float32 (D,).
         eps: added to the variance.
-        backend: as for `mask_match`.
+        backend: as for `mask_match`; more than 8192 channels take the reference also in Triton's name.
 
     Returns:
         total: float32 (..., D), contiguous.

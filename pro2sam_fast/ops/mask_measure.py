@@ -133,7 +133,8 @@ def mask_measure(
         threshold: t; a pixel belongs to the mask where its logit is above this, compared in float32.
         offset: o, of the two cutoffs between which a mask's area shows its stability.
         backend: "auto" takes the fastest that can run and warns once if that isn't the device's first choice;
-            "reference", "cpu", "cuda" or "triton" work or raise.
+            "reference", "cpu", "cuda" or "triton" work or raise. A resize to at most 128 rows and columns together is
+            PyTorch's also in the name of "cpu": it rounds such ones in an order of their own.
 
     Returns:
         inner: int64 (K,), pixels above t + o.
