@@ -137,9 +137,7 @@ def augment(photo: SegmentedPhoto, size: int, rng: np.random.Generator) -> tuple
     return out, out_maps, inside
 
 
-def _copy_paste(
-    photo: SegmentedPhoto, other: SegmentedPhoto, thing: int, rng: np.random.Generator
-) -> SegmentedPhoto:
+def _copy_paste(photo: SegmentedPhoto, other: SegmentedPhoto, thing: int, rng: np.random.Generator) -> SegmentedPhoto:
     # a thing of the other photo, scaled, at a random place of this one, as a segment of its own in every map
     mask = other.maps[0] == thing
     ys, xs = np.nonzero(mask)
